@@ -1,0 +1,60 @@
+// Which of the compiled targets runs on which GPU of this machine, found out by running it: the build's proof.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "device_info.h"
+
+namespace nunchaku_py::cuda {
+namespace {
+
+__global__ void report_target(int* target) {
+#ifdef __CUDA_ARCH__
+  *target = __CUDA_ARCH__ / 10;
+#endif
+}
+
+// 0, or the target that ran; `problem` then says what the driver said.
+int run_report(int device, std::string& problem) {
+  int previous = 0, target = 0;
+  int* on_device = nullptr;
+  cudaGetDevice(&previous);
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaMalloc(&on_device, sizeof(int));
+  if (error == cudaSuccess) {
+    report_target<<<1, 1>>>(on_device);
+    error = cudaGetLastError();
+  }
+  if (error == cudaSuccess) error = cudaMemcpy(&target, on_device, sizeof(int), cudaMemcpyDeviceToHost);
+  if (error != cudaSuccess) problem = cudaGetErrorString(error);
+  cudaFree(on_device);
+  cudaSetDevice(previous);
+  return error == cudaSuccess ? target : 0;
+}
+
+}  // namespace
+
+std::vector<Device> devices() {
+  int count = 0;
+  if (cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    throw std::runtime_error(std::string("no usable GPU: ") + cudaGetErrorString(error));
+  }
+  std::vector<Device> found;
+  for (int index = 0; index < count; ++index) {
+    cudaDeviceProp properties{};
+    Device device;
+    if (cudaError_t error = cudaGetDeviceProperties(&properties, index); error != cudaSuccess) {
+      device.problem = cudaGetErrorString(error);
+    } else {
+      device.name = properties.name;
+      device.major = properties.major;
+      device.minor = properties.minor;
+      device.memory = properties.totalGlobalMem;
+      device.target = run_report(index, device.problem);
+    }
+    found.push_back(device);
+  }
+  return found;
+}
+
+}  // namespace nunchaku_py::cuda

@@ -1,0 +1,224 @@
+"""Builds nunchaku_py._native from csrc/: the CPU part always, the CUDA part where it can be built and is wanted.
+
+NUNCHAKU_PY_CUDA          auto  (default) with an nvcc of this machine; without one, where an NVIDIA driver is
+                                installed, with nvcc from PyPI (a build requirement); otherwise, or if that fails,
+                                the CPU part only
+                          0     the CPU part only
+                          1     the CUDA part, with nvcc from PyPI if need be, or an error
+NUNCHAKU_PY_CUDA_TARGETS  compute capabilities to build for, "80;89" (default: all of CUDA_TARGETS)
+CUDA_HOME                 the CUDA toolkit to use, before the one in PATH
+
+What was built, or why not, is printed (pip shows it with -v) and kept in the module: `python -m nunchaku_py.native`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120a")
+CUDA_SOURCES = {"csrc/cuda/device_info.cu": None}  # file -> the targets it is meant for; None: whatever is asked for
+CPU_SOURCES = ("csrc/module.cpp", "csrc/cpu/features.cpp")
+# One minor version, so that compiler, headers and runtime belong together, and any driver of CUDA 13 runs the result.
+CUDA_PACKAGES = tuple(
+    f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "cuda-cccl", "nvvm")
+)
+
+
+class CudaBuildError(Exception):
+    """Why there is no CUDA part, in a sentence."""
+
+
+# ---- what is wanted, what is there -----------------------------------------------------------------------------------
+
+
+def cuda_switch() -> str:
+    value = os.environ.get("NUNCHAKU_PY_CUDA") or "auto"
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"NUNCHAKU_PY_CUDA: expected auto, 0 or 1, got {value!r}")
+    return value
+
+
+def cuda_targets(nvcc: str) -> tuple[str, ...]:
+    """The targets to build for. What was asked for by name must be possible; of the default list, what nvcc knows."""
+    known = set(re.findall(r"sm_(\d+)", run([nvcc, "--list-gpu-code"])))
+    asked = tuple(filter(None, re.split(r"[;, ]+", os.environ.get("NUNCHAKU_PY_CUDA_TARGETS", ""))))
+    unknown = [target for target in asked or CUDA_TARGETS if target.rstrip("af") not in known]
+    if asked and unknown:
+        raise CudaBuildError(f"NUNCHAKU_PY_CUDA_TARGETS: {nvcc} cannot compile for {', '.join(unknown)}")
+    if unknown:
+        say(f"{nvcc} is too old or too new for {', '.join(unknown)}: left out")
+    return asked or tuple(target for target in CUDA_TARGETS if target not in unknown)
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of PATH, of the usual place, or of the PyPI packages, in this order."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    folders = [Path(home) / "bin" for home in homes if home]
+    folders += map(Path, filter(None, os.environ.get("PATH", "").split(os.pathsep)))
+    folders += [Path("/usr/local/cuda/bin")]
+    folders += [Path(entry) / "nvidia/cu13/bin" for entry in sys.path if entry]
+    found = (shutil.which("nvcc", path=str(folder)) for folder in folders)
+    return next(filter(None, found), None)
+
+
+def has_nvidia_driver() -> bool:
+    return bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia/version").exists()
+
+
+def cuda_requirements() -> list[str]:
+    """The PyPI packages that this build needs for CUDA; none where nvcc is there or CUDA is not wanted."""
+    wanted = cuda_switch() == "1" or cuda_switch() == "auto" and has_nvidia_driver()
+    return list(CUDA_PACKAGES) if wanted and not find_nvcc() else []
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def say(sentence: str) -> None:
+    print(f"nunchaku-py: {sentence}", file=sys.stderr, flush=True)
+
+
+def run(command: list[str]) -> str:
+    """The command's output, stderr included; a CudaBuildError with the end of it if the command fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        end = " | ".join(done.stdout.strip().splitlines()[-4:])
+        raise CudaBuildError(f"`{' '.join(command)}` failed: {end}")
+    return done.stdout
+
+
+def nvcc_command(nvcc: str, source: Path, output: Path, targets: tuple[str, ...], threads: int = 0) -> list[str]:
+    host = ["/MD", "/EHsc"] if os.name == "nt" else ["-fPIC", "-fvisibility=hidden"]
+    return [
+        *(nvcc, "-c", str(source), "-o", str(output), "-std=c++20", "-O3", f"--threads={threads}"),
+        *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
+        *(part for option in host for part in ("-Xcompiler", option)),
+    ]
+
+
+def cudart_static_folder(nvcc: str) -> Path:
+    # Asked of nvcc itself, because the nvcc in PATH can be a script that calls the real one elsewhere.
+    dryrun = run([nvcc, "--dryrun", "-c", str(ROOT / next(iter(CUDA_SOURCES)))])
+    top = re.search(r"^#\$ TOP=(.+?)\s*$", dryrun, re.M)
+    top = Path(top[1]) if top else Path(nvcc).resolve().parent.parent
+    for folder in (top / "lib64", top / "lib", top / "lib/x64"):
+        if any(folder.glob("*cudart_static.*")):
+            return folder
+    raise CudaBuildError(f"no static CUDA runtime library under {top}")
+
+
+def object_path(command: list[str], source: Path, folder: Path) -> Path:
+    """Named by what it is made from (command, source, every header), so that unchanged kernels are not rebuilt."""
+    key = hashlib.sha256("\n".join(command).encode())
+    for file in sorted((ROOT / "csrc/cuda").rglob("*")):
+        if file.is_file() and (file.suffix != ".cu" or file == source):
+            key.update(file.read_bytes())
+    return folder / f"{source.stem}-{key.hexdigest()[:16]}{'.obj' if os.name == 'nt' else '.o'}"
+
+
+def compile_cuda(nvcc: str, targets: tuple[str, ...], folder: Path) -> list[Path]:
+    """One object per file of CUDA_SOURCES that is meant for one of these targets."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    threads = max(1, jobs // len(CUDA_SOURCES))
+
+    version = run([nvcc, "--version"])
+
+    def compile_one(item: tuple[str, tuple[str, ...] | None]) -> Path | None:
+        source, meant = ROOT / item[0], item[1]
+        own = tuple(target for target in targets if meant is None or target in meant)
+        if not own:
+            return None
+        output = object_path([*nvcc_command(nvcc, source, folder, own), version], source, folder)
+        if not output.exists():
+            partial = output.with_name("partial-" + output.name)
+            run(nvcc_command(nvcc, source, partial, own, threads))
+            partial.replace(output)
+        return output
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(filter(None, pool.map(compile_one, CUDA_SOURCES.items())))
+
+
+def build_cuda(extension, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Adds the CUDA part to the extension. Returns the status sentence and the targets."""
+    if cuda_switch() == "0":
+        raise CudaBuildError("switched off by NUNCHAKU_PY_CUDA=0")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        install = " ".join(f'"{package}"' for package in CUDA_PACKAGES)
+        raise CudaBuildError(
+            "no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda, PyPI packages). NUNCHAKU_PY_CUDA=1 makes pip fetch"
+            f" one from PyPI; with --no-build-isolation: pip install {install}"
+        )
+    targets = cuda_targets(nvcc)
+    libraries = cudart_static_folder(nvcc)
+    extension.extra_objects += map(str, compile_cuda(nvcc, targets, folder))
+    extension.library_dirs.append(str(libraries))
+    extension.libraries += ["cudart_static"] if os.name == "nt" else ["cudart_static", "dl", "rt", "pthread"]
+    extension.define_macros.append(("NUNCHAKU_PY_WITH_CUDA", "1"))
+    version = re.search(r"release ([\d.]+)", run([nvcc, "--version"]))
+    return f"built by nvcc {version[1] if version else 'of unknown version'}", targets
+
+
+def build_info(compiler: str, cuda_status: str, targets: tuple[str, ...]) -> str:
+    def quoted(text: str) -> str:  # a JSON string of plain ASCII is a C string too
+        return json.dumps(text.encode("ascii", "replace").decode())
+
+    return (
+        f"#define NUNCHAKU_PY_COMPILER {quoted(compiler)}\n"
+        f"#define NUNCHAKU_PY_CUDA_STATUS {quoted(cuda_status)}\n"
+        f"#define NUNCHAKU_PY_CUDA_TARGETS {quoted(';'.join(targets))}\n"
+    )
+
+
+def native_build() -> dict:
+    """ext_modules and cmdclass. Only a build needs pybind11; tests import this file for its other parts."""
+    from pybind11.setup_helpers import Pybind11Extension, build_ext
+
+    class BuildNative(build_ext):
+        def build_extension(self, ext) -> None:
+            folder = Path(self.build_temp)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                status, targets = build_cuda(ext, ROOT / "build/cuda")
+            except CudaBuildError as error:
+                if cuda_switch() == "1":
+                    raise SystemExit(f"nunchaku-py: NUNCHAKU_PY_CUDA=1, but {error}") from None
+                status, targets = f"not built: {error}", ()
+            (folder / "build_info.h").write_text(build_info(self.compiler.compiler_type, status, targets))
+            ext.include_dirs.append(str(folder))
+            say(f"CUDA part {status}" + (f", for targets {', '.join(targets)}" if targets else "; CPU part only"))
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                say(f"the native module could not be compiled: {error}")
+                raise
+
+    extension = Pybind11Extension("nunchaku_py._native", list(CPU_SOURCES), include_dirs=["csrc"], cxx_std=20)
+    # Without a C++ compiler the package still installs: plain PyTorch and Triton serve, and native.status() says so.
+    extension.optional = cuda_switch() != "1"
+    extension.depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
+
+
+if __name__ == "__main__":
+    packages = find_namespace_packages(include=["nunchaku_py", "nunchaku_py.*"], exclude=["*.__pycache__"])
+    kernels = ["nunchaku_py.kernels"] + [
+        f"nunchaku_py.kernels.{name}" for name in find_namespace_packages("kernels", exclude=["*__pycache__"])
+    ]
+    setup(
+        packages=packages + kernels,
+        package_dir={"nunchaku_py.kernels": "kernels"},
+        setup_requires=cuda_requirements(),
+        **native_build(),
+    )
