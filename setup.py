@@ -155,10 +155,9 @@ def build_cuda(extension, folder: Path) -> tuple[str, tuple[str, ...]]:
         raise CudaBuildError("switched off by NUNCHAKU_PY_CUDA=0")
     nvcc = find_nvcc()
     if nvcc is None:
-        install = " ".join(f'"{package}"' for package in CUDA_PACKAGES)
         raise CudaBuildError(
-            "no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda, PyPI packages). NUNCHAKU_PY_CUDA=1 makes pip fetch"
-            f" one from PyPI; with --no-build-isolation: pip install {install}"
+            "no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda, PyPI packages); NUNCHAKU_PY_CUDA=1 makes pip fetch"
+            " one from PyPI, but with --no-build-isolation nvidia-cuda-nvcc and nvidia-cuda-cccl 13.0 must be installed"
         )
     targets = cuda_targets(nvcc)
     libraries = cudart_static_folder(nvcc)
@@ -170,12 +169,11 @@ def build_cuda(extension, folder: Path) -> tuple[str, tuple[str, ...]]:
     return f"built by nvcc {version[1] if version else 'of unknown version'}", targets
 
 
-def build_info(compiler: str, cuda_status: str, targets: tuple[str, ...]) -> str:
+def build_info(cuda_status: str, targets: tuple[str, ...]) -> str:
     def quoted(text: str) -> str:  # a JSON string of plain ASCII is a C string too
         return json.dumps(text.encode("ascii", "replace").decode())
 
     return (
-        f"#define NUNCHAKU_PY_COMPILER {quoted(compiler)}\n"
         f"#define NUNCHAKU_PY_CUDA_STATUS {quoted(cuda_status)}\n"
         f"#define NUNCHAKU_PY_CUDA_TARGETS {quoted(';'.join(targets))}\n"
     )
@@ -195,7 +193,7 @@ def native_build() -> dict:
                 if cuda_switch() == "1":
                     raise SystemExit(f"nunchaku-py: NUNCHAKU_PY_CUDA=1, but {error}") from None
                 status, targets = f"not built: {error}", ()
-            (folder / "build_info.h").write_text(build_info(self.compiler.compiler_type, status, targets))
+            (folder / "build_info.h").write_text(build_info(status, targets))
             ext.include_dirs.append(str(folder))
             say(f"CUDA part {status}" + (f", for targets {', '.join(targets)}" if targets else "; CPU part only"))
             try:

@@ -8,6 +8,16 @@
 #include "cuda/device_info.h"
 #endif
 
+#define NUNCHAKU_PY_TEXT_OF(number) #number
+#define NUNCHAKU_PY_TEXT(macro) NUNCHAKU_PY_TEXT_OF(macro)
+#if defined(_MSC_VER)
+#define NUNCHAKU_PY_COMPILER "MSVC " NUNCHAKU_PY_TEXT(_MSC_VER)
+#elif defined(__clang__)
+#define NUNCHAKU_PY_COMPILER __VERSION__
+#else
+#define NUNCHAKU_PY_COMPILER "GCC " __VERSION__
+#endif
+
 namespace py = pybind11;
 
 namespace {

@@ -5,21 +5,23 @@ Nothing here looks for a GPU unless `cuda_devices` is called. `python -m nunchak
 
 from __future__ import annotations
 
+import importlib
 import platform
 
 try:
-    from nunchaku_py import _native as module
+    module = importlib.import_module("nunchaku_py._native")
+except ModuleNotFoundError:
+    module, _absence = None, "it was not built at installation, and `pip install -v` says why"
 except ImportError as error:
-    module = None
-    _missing = str(error)
+    module, _absence = None, f"it does not load: {error}"
 
 
 def status() -> str:
     """What the native module was built with, or why it is absent, in a sentence."""
     if module is None:
-        return f"native module: absent ({_missing}: not built at installation, pip install -v says why); plain PyTorch and Triton serve"
+        return f"native module: absent, {_absence}; plain PyTorch and Triton serve instead"
     targets = f" for {', '.join(cuda_targets())}" if cuda_targets() else ""
-    return f"native module: CPU part built ({module.compiler}); CUDA part {module.cuda_status}{targets}"
+    return f"native module: CPU part built by {module.compiler}; CUDA part {module.cuda_status}{targets}"
 
 
 def cpu_features() -> dict[str, str]:
@@ -33,8 +35,8 @@ def cuda_targets() -> tuple[str, ...]:
 
 
 def cuda_devices() -> list[dict]:
-    """One dict per GPU: name, capability (major, minor), memory in bytes, target (the compiled one that ran there;
-    0: none) and problem (why none ran). Looks at the GPUs when called; RuntimeError with the reason if there are none."""
+    """One dict per GPU: name, capability (major, minor), memory in bytes, target (the compiled one that ran there,
+    0: none) and problem (why none ran). Looks when called; a RuntimeError says why there are none."""
     if not cuda_targets():
         raise RuntimeError(f"no GPU can be looked at: {status()}")
     return module.cuda_devices()

@@ -14,6 +14,16 @@ __global__ void report_target(int* target) {
 #endif
 }
 
+std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+std::string why_no_gpu(cudaError_t error) {
+  if (error != cudaErrorInsufficientDriver) return cudaGetErrorString(error);
+  int driver = 0;  // stays 0 where no driver is installed
+  cudaDriverGetVersion(&driver);
+  if (driver == 0) return "this machine has no NVIDIA driver";
+  return "the NVIDIA driver knows CUDA up to " + dotted(driver) + ", this was built with " + dotted(CUDART_VERSION);
+}
+
 // 0, or the target that ran; `problem` then says what the driver said.
 int run_report(int device, std::string& problem) {
   int previous = 0, target = 0;
@@ -37,7 +47,7 @@ int run_report(int device, std::string& problem) {
 std::vector<Device> devices() {
   int count = 0;
   if (cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
-    throw std::runtime_error(std::string("no usable GPU: ") + cudaGetErrorString(error));
+    throw std::runtime_error("no usable GPU: " + why_no_gpu(error));
   }
   std::vector<Device> found;
   for (int index = 0; index < count; ++index) {
