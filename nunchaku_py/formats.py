@@ -1,17 +1,17 @@
 """Number formats, and quantization to and from them in plain torch.
 
-A matrix x (M,K) is stored as codes (M,K) and scales (M,G), one scale for every `group` neighbours of a row (G = ceil(K/group), the last
-group may be short; group 0 is one scale for the whole row):
+A matrix x (M,K) is stored as codes (M,K) and scales (M,G), one scale for every `group` neighbours of a row
+(G = ceil(K/group), the last group may be short; group 0 is one scale for the whole row):
 
     int4   x ≈ code·scale            code −7..7 (−8 is understood when read)
     uint4  x ≈ code·scale + zero     code 0..15; activations have no zero
-    nvfp4  x ≈ e2m1(code)·scale      code 0..15: bit 3 is the sign, the rest one of 0 .5 1 1.5 2 3 4 6; scale is float8_e4m3fn
+    nvfp4  x ≈ e2m1(code)·scale      code 0..15: bit 3 the sign, the rest one of 0 .5 1 1.5 2 3 4 6; scale float8_e4m3fn
     int8   x ≈ code·scale            code −127..127
 
-All arithmetic is fp32. The scale is rounded to its stored type first, and the stored scale is used both to quantize and to dequantize;
-rounding is half-to-even. A group whose scale is zero (all zeros, or too small for the scale's type) has codes 0. A group that holds NaN
-or an infinity gets a NaN scale and codes 0, so that whatever is computed from it is NaN and not a plausible number.
-A finite scale too large for its type becomes the largest of that type, and the codes saturate.
+All arithmetic is fp32. The scale is rounded to its stored type first, and the stored scale is used both to quantize and
+to dequantize; rounding is half-to-even. A group whose scale is zero (all zeros, or too small for the scale's type) has
+codes 0. A group that holds NaN or an infinity gets a NaN scale and codes 0, so that whatever is computed from it is NaN
+and not a plausible number. A finite scale too large for its type becomes the largest of that type; the codes saturate.
 """
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ INT4 = Format("int4", 64)
 UINT4 = Format("uint4", 64)
 NVFP4 = Format("nvfp4", 16)
 INT8 = Format("int8", 0)
-_DEFAULTS = {f.name: f for f in (INT4, UINT4, NVFP4, INT8)}
+FORMATS = {f.name: f for f in (INT4, UINT4, NVFP4, INT8)}
 
 
 def format_of(name: str, group: int | None = None) -> Format:
     """The format called `name`, with its usual group unless another is given."""
-    if group is None and name in _DEFAULTS:
-        return _DEFAULTS[name]
+    if group is None and name in FORMATS:
+        return FORMATS[name]
     return Format(name, group or 0)
 
 
@@ -109,12 +109,12 @@ def sum_groups(x: Tensor, group: int) -> Tensor:
     """The sum of each group, (M,G)."""
     out = x.new_zeros(x.shape[0], group_count(x.shape[1], group))
     for block, columns in grouped(x, group):
-        torch.sum(block, -1, out=out[:, columns]) if out[:, columns].is_contiguous() else out[:, columns].copy_(block.sum(-1))
+        out[:, columns] = block.sum(-1)
     return out
 
 
 def group_top(x: Tensor, fmt: Format) -> Tensor:
-    """What the largest code of each group has to stand for, (M,G): max|x|, or max(x, 0) for uint4; NaN where x is not finite."""
+    """What the largest code of each group stands for, (M,G): max|x|, uint4: max(x, 0); NaN where x is not finite."""
     out = x.new_zeros(x.shape[0], group_count(x.shape[1], fmt.group))
     for block, columns in grouped(x, fmt.group):
         low, high = torch.aminmax(block, dim=-1)
@@ -133,8 +133,8 @@ def round_codes_(v: Tensor, fmt: Format) -> Tensor:
     v.clamp_(LOWEST[fmt.name], fmt.top)
     if fmt.name != "nvfp4":
         return v.round_()
-    # e2m1 has one mantissa bit, and steps of 1/2 below 1: with 2^e <= |v|, adding and taking away 1.5·2^23 steps of max(2^e, 1)/2
-    # leaves the nearest step, ties to the even one, which is the even code.
+    # e2m1 has one mantissa bit, and steps of 1/2 below 1: with 2^e <= |v|, adding and taking away 1.5·2^23 steps of
+    # max(2^e, 1)/2 leaves the nearest step, ties to the even one, which is the even code.
     magic = (v.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(1.0).mul_(0.75 * 2**23)
     return v.add_(magic).sub_(magic)
 
@@ -160,7 +160,7 @@ def _from_codes(codes: Tensor, fmt: Format) -> Tensor:
 
 
 def encode(x: Tensor, scales: Tensor, fmt: Format) -> Tensor:
-    """Codes (M,K) int8 of x (M,K) for the stored scales (M,G): round(x/scale). Zeros and channel scales are the caller's to take off."""
+    """Codes int8 of x (M,K) for stored scales (M,G): round(x/scale). Zeros and channel scales the caller takes off."""
     _check_scales(x, scales, fmt)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     for rows in row_chunks(*x.shape):
@@ -179,7 +179,9 @@ def _clear_(codes: Tensor, scales: Tensor, group: int) -> None:
             block.masked_fill_(void[:, columns].unsqueeze(-1), 0)
 
 
-def decode(codes: Tensor, scales: Tensor, fmt: Format, zeros: Tensor | None = None, channel_scale: Tensor | None = None) -> Tensor:
+def decode(
+    codes: Tensor, scales: Tensor, fmt: Format, zeros: Tensor | None = None, channel_scale: Tensor | None = None
+) -> Tensor:
     """fp32 (N,K) of unpacked codes: code·scale, + zero (N,G), ·channel_scale (N)."""
     _check_scales(codes, scales, fmt)
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
@@ -197,11 +199,11 @@ def decode(codes: Tensor, scales: Tensor, fmt: Format, zeros: Tensor | None = No
 def _check_scales(x: Tensor, scales: Tensor, fmt: Format) -> None:
     expected = (x.shape[0], group_count(x.shape[1], fmt.group))
     if scales.shape != expected:
-        raise NunchakuError(f"scales: expected (rows, groups of {fmt.group or 'the row'}) = {expected}, got {tuple(scales.shape)}")
+        raise NunchakuError(f"scales: expected (rows, groups) = {expected}, got {tuple(scales.shape)}")
 
 
 def quantize_rows(x: Tensor, fmt: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The dynamic rule for activations: codes (M,K) int8 and stored scales (M,G) of x (M,K), scale = top/7, /15, /6 or /127."""
+    """The dynamic rule for activations: codes (M,K) int8 and stored scales (M,G) of x (M,K), max/7, /15, /6 or /127."""
     scales = round_scale(group_top(x.float(), fmt) / fmt.top, fmt.scale_dtype(scale_dtype))
     return encode(x, scales, fmt), scales
 

@@ -10,7 +10,7 @@ from . import formats
 from .errors import NunchakuError
 from .formats import INT8, Format, group_count, grouped, round_scale, row_chunks
 
-SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)  # of absmax/7: clipping the largest weight a little serves all the others
+SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)  # of absmax/7: clipping the largest weight a little serves the others
 E4M3_STEPS = (0, 1, 2, 3, 4, 5, -1, -2)  # neighbours of e4m3(absmax/6); absmax/4 is four or five steps up
 E4M3_LARGEST = 0x7E
 ROW_TOP = 4 * 448.0  # a row's largest weight over its channel_scale: leaves e4m3 scales room for absmax/4
@@ -28,13 +28,13 @@ class QTensor:
     channel_scale: Tensor | None = None  # nvfp4: (N) fp32
 
     def __post_init__(self) -> None:
-        n, groups = self.codes.shape[0], group_count(self.k, self.format.group)
-        if not self.format.packed:
+        fmt, n, groups = self.format, self.codes.shape[0], group_count(self.k, self.format.group)
+        if not fmt.packed:
             raise NunchakuError("QTensor: holds 4-bit formats, got int8, which is made from them by fold_int8()")
         _expect("codes", "(out, ceil(in/2))", self.codes, (n, -(-self.k // 2)), torch.uint8)
-        _expect("scales", "(out, groups)", self.scales, (n, groups), self.format.scale_dtype(self.scales.dtype))
-        _expect("zeros", "(out, groups)", self.zeros, (n, groups) if self.format.name == "uint4" else None)
-        _expect("channel_scale", "(out)", self.channel_scale, (n,) if self.format.name == "nvfp4" else None, torch.float32)
+        _expect("scales", "(out, groups)", self.scales, (n, groups), fmt.scale_dtype(self.scales.dtype))
+        _expect("zeros", "(out, groups)", self.zeros, (n, groups) if fmt.name == "uint4" else None)
+        _expect("channel_scale", "(out)", self.channel_scale, (n,) if fmt.name == "nvfp4" else None, torch.float32)
 
     @staticmethod
     def quantize(w: Tensor, fmt: Format, scale_dtype: torch.dtype = torch.bfloat16, search: bool = True) -> QTensor:
@@ -87,7 +87,7 @@ class QTensor:
 def fake_quantize(
     w: Tensor, fmt: Format, scale_dtype: torch.dtype = torch.bfloat16, search: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """What QTensor.quantize(w, …).dequantize() gives, without making codes; `out` (fp32, may be w itself) saves the copy."""
+    """QTensor.quantize(w, …).dequantize(), without making codes; `out` (fp32, may be w itself) saves the copy."""
     out = torch.empty(w.shape, dtype=torch.float32, device=w.device) if out is None else out
     for rows in row_chunks(*w.shape):
         x, params = _fit(_rows(w, rows), fmt, scale_dtype, search)
@@ -112,7 +112,7 @@ def _rows(w: Tensor, rows: slice) -> Tensor:
 
 
 def _fit(x: Tensor, fmt: Format, scale_dtype: torch.dtype, search: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """x as its codes see it (in place: zeros and channel scales taken off), and the stored scales, zeros, channel scales."""
+    """x as its codes see it (zeros and channel scales taken off, in place), and the stored scales, zeros, channel scales."""
     params: dict[str, Tensor] = {}
     if fmt.name == "uint4":
         params["zeros"] = _group_min(x, fmt.group).to(scale_dtype)
@@ -180,7 +180,8 @@ def _squared_error(x: Tensor, scales: Tensor, fmt: Format, trial: Tensor) -> Ten
 def _empty(w: Tensor, fmt: Format, scale_dtype: torch.dtype) -> QTensor:
     """No rows."""
     k, groups = w.shape[1], group_count(w.shape[1], fmt.group)
-    new = {"codes": w.new_empty((0, -(-k // 2)), dtype=torch.uint8), "scales": w.new_empty((0, groups), dtype=fmt.scale_dtype(scale_dtype))}
+    new = {"codes": w.new_empty((0, -(-k // 2)), dtype=torch.uint8)}
+    new["scales"] = w.new_empty((0, groups), dtype=fmt.scale_dtype(scale_dtype))
     if fmt.name == "uint4":
         new["zeros"] = w.new_empty((0, groups), dtype=scale_dtype)
     if fmt.name == "nvfp4":
@@ -188,7 +189,9 @@ def _empty(w: Tensor, fmt: Format, scale_dtype: torch.dtype) -> QTensor:
     return QTensor(format=fmt, k=k, **new)
 
 
-def _expect(name: str, meaning: str, tensor: Tensor | None, shape: tuple | None, dtype: torch.dtype | None = None) -> None:
+def _expect(
+    name: str, meaning: str, tensor: Tensor | None, shape: tuple | None, dtype: torch.dtype | None = None
+) -> None:
     if shape is None and tensor is None:
         return
     if shape is None:

@@ -1,0 +1,140 @@
+"""An op is its plain PyTorch reference; a backend is a function of the same parameters plus a reason to refuse."""
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import NunchakuError
+from .spec import ActSpec, LinearSpec
+
+ORDER = ("cuda", "triton", "cpu", "torch")
+ENVIRONMENT = "NUNCHAKU_PY_BACKEND"
+OPS: dict[str, Op] = {}
+_LIBRARY = torch.library.Library("nunchaku_py", "DEF")
+_SPECS = {"ActSpec": ActSpec, "LinearSpec": LinearSpec}
+_forced: ContextVar[str | None] = ContextVar("nunchaku_py_backend", default=None)
+Refusal = Callable[..., "str | None"]
+
+
+class Backend(NamedTuple):
+    """`run` has the op's parameters; `refuses` has them too and says why it cannot take these, or None."""
+
+    run: Callable[..., Any]
+    refuses: Refusal
+    layouts: frozenset[str]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within it every op runs on the backend `name`, or says why that one cannot."""
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _known(name: str) -> str:
+    if name not in ORDER:
+        raise NunchakuError(f"backend: expected one of {', '.join(ORDER)}, got {name!r}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend asked for by `with backend(…)`, else by the environment, else None."""
+    name = _forced.get() or os.environ.get(ENVIRONMENT)
+    return _known(name) if name else None
+
+
+def _takes_anything(*args: Any) -> None:
+    return None
+
+
+class Op:
+    """Callable with exactly the reference's parameters, by position.
+
+    reference: the formula in torch; its annotations say how many tensors come out and which spec, if any, comes last.
+    fake: the same parameters → empty outputs of the right shape, dtype and device.
+    check: the same parameters; raises NunchakuError for what no backend could take.
+    """
+
+    def __init__(
+        self, reference: Callable[..., Any], fake: Callable[..., Any], check: Callable[..., None] = _takes_anything
+    ):
+        self.name, self.__doc__ = reference.__name__, reference.__doc__
+        self.reference, self.check = reference, check
+        self.parameters = tuple(inspect.signature(reference).parameters.values())
+        self.spec_class = _SPECS.get(self.parameters[-1].annotation)
+        self.backends: dict[str, Backend] = {}
+        self.backend("torch")(reference)
+        self._register(fake)
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self.dispatch(*args)
+        return self.torch_op(*args[:-1], args[-1].token) if self.spec_class else self.torch_op(*args)
+
+    def backend(
+        self, name: str, refuses: Refusal = _takes_anything, layouts: tuple[str, ...] = ("row",)
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: register a function as this op's backend `name`; `layouts`: the memory layouts it reads and writes."""
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            theirs, ours = list(inspect.signature(run).parameters), [p.name for p in self.parameters]
+            if theirs != ours:
+                raise TypeError(f"{self.name}/{name}: parameters {theirs} differ from the reference's {ours}")
+            self.backends[_known(name)] = Backend(run, refuses, frozenset(layouts))
+            return run
+
+        return register
+
+    def dispatch(self, *args: Any) -> Any:
+        """Run on the first backend that does not refuse."""
+        self.check(*args)
+        forced = forced_backend()
+        for name in (forced,) if forced else ORDER:
+            if name in self.backends and self._refusal(name, args) is None:
+                return self.backends[name].run(*args)
+        asked = {forced: self._refusal(forced, args)} if forced else self.explain(*args)
+        refusals = "; ".join(f"{name}: {why}" for name, why in asked.items())
+        raise NunchakuError(f"{self.name}: no backend takes this call ({refusals})")
+
+    def explain(self, *args: Any) -> dict[str, str]:
+        """Backend → why it refuses these arguments, or "can run"."""
+        return {name: self._refusal(name, args) or "can run" for name in ORDER}
+
+    def _refusal(self, name: str, args: tuple) -> str | None:
+        found = self.backends.get(name)
+        if found is None:
+            return "not built"
+        if self.spec_class:
+            foreign = [layout for layout in args[-1].layouts if layout not in found.layouts]
+            if foreign:
+                taken = ", ".join(sorted(found.layouts))
+                return f"a tensor is laid out as '{foreign[0]}', this backend takes '{taken}'"
+        return found.refuses(*args)
+
+    def _register(self, fake: Callable[..., Any]) -> None:
+        """The op as torch.compile sees it: tensors, and the spec as its token."""
+        def with_spec(run: Callable[..., Any]) -> Callable[..., Any]:
+            parse = self.spec_class.parse if self.spec_class else None
+            return (lambda *args: run(*args[:-1], parse(args[-1]))) if parse else run
+
+        _LIBRARY.define(self.name + self._schema())
+        _LIBRARY.impl(self.name, with_spec(self.dispatch), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"nunchaku_py::{self.name}", with_spec(fake), lib=_LIBRARY)
+        self.torch_op = getattr(torch.ops.nunchaku_py, self.name).default
+
+    def _schema(self) -> str:
+        tensors = [f"Tensor {p.name}" for p in self.parameters if p.annotation not in _SPECS]
+        spec = [f"str {self.parameters[-1].name}"] if self.spec_class else []
+        outputs = ["Tensor"] * str(inspect.signature(self.reference).return_annotation).count("Tensor")
+        returns = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"
+        return f"({', '.join(tensors + spec)}) -> {returns}"
+

@@ -1,0 +1,108 @@
+"""The static description an op is called with: what its tensors mean beyond their shapes.
+
+A spec travels through torch.compile as its `token`, a string that `parse` turns back into the same object.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from ..errors import NunchakuError
+from ..formats import Format, format_of
+
+ActName = Literal["int4", "uint4", "nvfp4", "int8", "none"]
+WeightName = Literal["int4", "uint4", "nvfp4", "int8"]
+Norm = Literal["none", "layer", "rms"]
+Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
+_Spec = TypeVar("_Spec", bound="_Token")
+
+
+class _Token:
+    """What both specs share: checked literals, and a token computed once."""
+
+    token: str
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            choices = [c for c in get_args(hint) if isinstance(c, str)]
+            if choices and getattr(self, name) not in choices:
+                expected, got = ", ".join(choices), getattr(self, name)
+                raise NunchakuError(f"{type(self).__name__}.{name}: expected one of {expected}, got {got!r}")
+        object.__setattr__(self, "token", json.dumps(_plain(self), separators=(",", ":")))
+
+    @classmethod
+    @cache
+    def parse(cls: type[_Spec], token: str) -> _Spec:
+        """The spec whose token this is."""
+        values = json.loads(token)
+        nested = {name: ActSpec.parse(_dumps(values[name])) for name in ("act", "next") if values.get(name)}
+        return cls(**{**values, **nested})
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _dumps(values: dict) -> str:
+    return json.dumps(values, separators=(",", ":"))
+
+
+def _plain(spec: _Token) -> dict[str, Any]:
+    """The values that differ from their default, nested specs likewise."""
+    values = {f: getattr(spec, f.name) for f in fields(spec) if f.init}
+    kept = {f.name: value for f, value in values.items() if f.default is MISSING or value != f.default}
+    return {name: _plain(value) if isinstance(value, _Token) else value for name, value in kept.items()}
+
+
+@dataclass(frozen=True)
+class ActSpec(_Token):
+    """How an activation is quantized: x̂ = (norm(x) + shift)/smooth, then `format`; "none" keeps x̂ in 16 bit."""
+
+    format: ActName
+    group: int = 0
+    shift: float = 0.0
+    norm: Norm = "none"
+    eps: float = 1e-6
+    layout: str = "row"
+    token: str = field(init=False, repr=False, compare=False)
+
+    @property
+    def fmt(self) -> Format | None:
+        """The number format, None for 16 bit."""
+        return None if self.format == "none" else format_of(self.format, self.group)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return (self.layout,)
+
+
+@dataclass(frozen=True)
+class LinearSpec(_Token):
+    """A quantized linear: how its weight (N,k) and its input are stored, and what its epilogue does.
+
+    `activation` and `next` concern …_gelu_quantize and …_glu_quantize, `gate_first` the latter,
+    `head_dim` and `eps` …_qkv_rope.
+    """
+
+    weight: WeightName
+    group: int
+    k: int
+    act: ActSpec
+    layout: str = "row"
+    activation: Activation = "none"
+    gate_first: bool = False
+    next: ActSpec | None = None
+    head_dim: int = 0
+    eps: float = 1e-6
+    token: str = field(init=False, repr=False, compare=False)
+
+    @property
+    def fmt(self) -> Format:
+        return format_of(self.weight, self.group)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return (self.layout, self.act.layout, *(self.next.layouts if self.next else ()))
