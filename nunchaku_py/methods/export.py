@@ -1,0 +1,54 @@
+"""The last stage: a work as the canonical tensors of each of its linears."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import NunchakuError
+from ..site import SiteTensors, shift_correction
+from ..tensor import QTensor
+from .error import rows_of
+from .work import Context, Work
+
+
+def export(work: Work, ctx: Context, biases: Sequence[Tensor | None] | None = None) -> list[SiteTensors]:
+    """One SiteTensors per name: codes, up and bias are its own rows, smooth and down = low/smooth are shared."""
+    if work.residual is None:
+        raise NunchakuError(f"{work.names[0]}: no step of the recipe has made codes (fit, or absmax, is missing)")
+    shared = (work.smooth.to(ctx.scale_dtype) if work.site.has_smooth else None,
+              (work.low / work.smooth).to(ctx.scale_dtype) if work.low.shape[0] else None)
+    given = biases or [None] * len(work.names)
+    return [member(work, ctx, rows, *shared, bias) for rows, bias in zip(member_rows(work), given, strict=True)]
+
+
+def member_rows(work: Work) -> Iterator[slice]:
+    start = 0
+    for count in work.rows:
+        yield slice(start, start + count)
+        start += count
+
+
+def member(work: Work, ctx: Context, rows: slice, smooth: Tensor | None, down: Tensor | None,
+           bias: Tensor | None) -> SiteTensors:
+    weight = owned(rows_of(work.residual, rows))
+    up = work.up[rows].to(ctx.scale_dtype) if down is not None else None
+    return SiteTensors(weight, _copy(smooth), _copy(down), up, site_bias(weight, work.smooth, work.site.shift, bias))
+
+
+def site_bias(weight: QTensor, smooth: Tensor, shift: float, bias: Tensor | None) -> Tensor | None:
+    """b' = b − S·Σ_k deq(R)[:,k]/smooth[k] of a shifted site, in b's dtype (fp32 if there is no b); else b itself."""
+    if not shift:
+        return bias
+    correction = shift_correction(weight, smooth, shift)
+    return -correction if bias is None else (bias.float() - correction).to(bias.dtype)
+
+
+def owned(q: QTensor) -> QTensor:
+    """A copy that does not keep the stacked tensors of its group alive."""
+    return QTensor(q.codes.clone(), q.scales.clone(), q.format, q.k, _copy(q.zeros), _copy(q.channel_scale))
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone(memory_format=torch.contiguous_format)

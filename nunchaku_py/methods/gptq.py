@@ -1,0 +1,120 @@
+"""GPTQ on the residual (Frantar et al. 2022, arXiv 2210.17323): each column's rounding error is pushed onto the columns
+not yet rounded, as the Gram matrix of the input says they can take it. Group scales are fixed beforehand.
+
+    H⁻¹ = UᵀU, U upper:   e_j = (R_j − deq(q_j))/U_jj ;   R_i ← R_i − U_ji·e_j for i > j
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import NunchakuError
+from ..formats import Format, encode, pack_nibbles, round_codes_
+from ..tensor import QTensor
+from .error import noise_of
+from .fit import quantize_remainder
+from .work import Context, Work, stage
+
+RETRIES = 6  # each with ten times the damping
+LEAF = 8  # columns rounded one by one before a matrix product takes their errors to the others
+
+
+@stage("refine")
+def gptq(work: Work, ctx: Context) -> None:
+    """Replaces the codes of the residual at its scales (of `fit`, or absmax ones), all N rows at once."""
+    if not _possible(work, ctx):
+        return
+    residual = work.residual or quantize_remainder(work, ctx, search=False)
+    gram = smoothed_gram(work)
+    gram.diagonal().add_(noise_of(work, ctx).rounding)  # (R−Q) multiplies the rounding noise of the input as well
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    upper = inverse_factor(gram[order][:, order], ctx.options.damping, work.names[0])
+    columns = gram.new_empty(gram.shape[0], work.weight.shape[0])
+    for rows in work.chunks():
+        columns[:, rows] = work.remainder(rows).T[order]
+    sweep(columns, torch.empty_like(columns), Grid.of(residual, order), upper, 0)
+    work.residual = with_values(residual, columns, order)
+
+
+def _possible(work: Work, ctx: Context) -> bool:
+    if work.stats.gram is None:
+        raise NunchakuError(f"{work.names[0]}: gptq needs the Gram matrix of the input, which was not collected")
+    if work.site.format == "uint4":
+        raise NunchakuError(f"{work.names[0]}: gptq rounds int4 and nvfp4, not uint4")
+    enough = work.site.kind == "w4a4" or work.stats.rows >= work.weight.shape[1]
+    if not enough:
+        ctx.log(f"{work.names[0]}: gptq left out, {work.stats.rows} rows of calibration are too few for "
+                f"{work.weight.shape[1]} channels")
+    return enough
+
+
+def smoothed_gram(work: Work) -> Tensor:
+    """Ĥ = diag(1/s)·H·diag(1/s), a new tensor."""
+    return (work.stats.gram / work.smooth).float().div_(work.smooth[:, None])
+
+
+def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
+    """Upper U with (H + λI)⁻¹ = UᵀU, λ = damping·mean diag, by one Cholesky of the flipped matrix.
+
+    If that fails, it is tried again with more damping."""
+    mean = gram.diagonal().mean().clamp_min(1e-30).item()
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    for attempt in range(RETRIES):
+        lower, failed = torch.linalg.cholesky_ex((gram + eye * (damping * mean * 10**attempt)).flip(0, 1))
+        if not failed.item() and lower.isfinite().all():
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    raise NunchakuError(f"{name}: the Gram matrix of the input is not positive definite, or not finite, even with "
+                        f"damping {damping * 10 ** (RETRIES - 1):g}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Step sizes (G,N) of a QTensor, addressed by columns in the order of rounding."""
+
+    format: Format
+    step: Tensor
+    inverse: Tensor  # 0 where the step is
+    group: list[int]  # of each column
+
+    @staticmethod
+    def of(q: QTensor, order: Tensor) -> Grid:
+        step = q.scales.float() if q.channel_scale is None else q.scales.float() * q.channel_scale[:, None]
+        step = step.T.contiguous()
+        inverse = torch.where(step > 0, 1.0 / step, 0.0)
+        return Grid(q.format, step, inverse, (order // (q.format.group or q.k)).tolist())
+
+    def round(self, column: Tensor, j: int) -> Tensor:
+        """Column j (N) at the nearest values its groups can store."""
+        return round_codes_(column * self.inverse[self.group[j]], self.format).mul_(self.step[self.group[j]])
+
+
+def sweep(columns: Tensor, errors: Tensor, grid: Grid, upper: Tensor, first: int) -> None:
+    """Rounds columns (k,N), the ones from `first` on, in place; errors (k,N) receives e.
+
+    Halves itself, so that nearly all the work is in matrix products."""
+    if len(columns) <= LEAF:
+        return _round_one_by_one(columns, errors, grid, upper, first)
+    half = len(columns) // 2
+    sweep(columns[:half], errors[:half], grid, upper[:half, :half], first)
+    columns[half:].addmm_(upper[:half, half:].T, errors[:half], alpha=-1)
+    sweep(columns[half:], errors[half:], grid, upper[half:, half:], first + half)
+
+
+def _round_one_by_one(columns: Tensor, errors: Tensor, grid: Grid, upper: Tensor, first: int) -> None:
+    diagonal = upper.diagonal().tolist()
+    for j, column in enumerate(columns):
+        rounded = grid.round(column, first + j)
+        torch.sub(column, rounded, out=errors[j]).div_(diagonal[j])
+        columns[j + 1:].addr_(upper[j, j + 1:], errors[j], alpha=-1)
+        column.copy_(rounded)
+
+
+def with_values(residual: QTensor, columns: Tensor, order: Tensor) -> QTensor:
+    """The QTensor whose values are columns (K,N), put back from the order of rounding."""
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    values = columns[back].T
+    if residual.channel_scale is not None:
+        values = values / residual.channel_scale[:, None]
+    return replace(residual, codes=pack_nibbles(encode(values, residual.scales, residual.format)))

@@ -1,0 +1,61 @@
+"""Recipes: named tuples of steps, each of a stage. The stages collect, probe, allocate and export are the quantizer's,
+the others are made of the steps in `methods/`."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import NunchakuError
+from .methods.fit import absmax, fit
+from .methods.gptq import gptq
+from .methods.lowrank import lowrank
+from .methods.refit import refit
+from .methods.smooth import smooth
+from .methods.work import Options, Step
+
+STAGES = ("collect", "probe", "allocate", "rewrite", "factor", "fit", "refine", "export")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How linears are quantized: `steps` with calibration data, `steps_data_free` without."""
+
+    name: str
+    format: Literal["int4", "nvfp4"]
+    kind: Literal["w4a4", "w4a16"]
+    rank: int
+    steps: tuple[Step, ...]
+    steps_data_free: tuple[Step, ...]
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        for steps in (self.steps, self.steps_data_free):
+            order = [STAGES.index(step.stage) for step in steps]
+            if order != sorted(order):
+                found = ", ".join(f"{step.__name__} ({step.stage})" for step in steps)
+                raise NunchakuError(f"recipe {self.name}: steps must be in the order of their stages, got {found}")
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether calibration must collect E[xxᵀ]."""
+        return gptq in self.steps
+
+
+def _both(name: str, kind: Literal["w4a4", "w4a16"], rank: int, steps: tuple[Step, ...],
+          data_free: tuple[Step, ...]) -> tuple[Recipe, ...]:
+    return tuple(Recipe(f"{name}-{fmt}", fmt, kind, rank, steps, data_free) for fmt in ("int4", "nvfp4"))
+
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
+    *_both("svdquant", "w4a4", 32, (smooth, lowrank, fit, gptq, refit), (lowrank, fit, refit)),
+    *_both("rtn", "w4a4", 0, (absmax,), (absmax,)),
+    Recipe("w4a16-int4", "int4", "w4a16", 0, (fit, gptq), (fit,)),
+)}
+
+
+def recipe_of(recipe: str | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise NunchakuError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+    return RECIPES[recipe]
