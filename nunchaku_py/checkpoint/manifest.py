@@ -1,0 +1,105 @@
+"""What `quantization_config` says: one entry per quantized module, by name or by glob."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import NunchakuError
+from ..site import Site
+from ..swap import Entry, empty_module, entry_of, quantized_modules, replace_module
+
+QUANT_METHOD = "nunchaku_py"
+FORMAT_VERSION = 1
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Manifest:
+    """The static description of a quantized model; the tensors are named after it."""
+
+    compute_dtype: str = "bfloat16"
+    sites: dict[str, Entry] = field(default_factory=dict)
+    groups: list[list[str]] = field(default_factory=list)
+    recipe: str = ""
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.compute_dtype]
+
+    @staticmethod
+    def from_json(data: dict[str, Any], source: str = "quantization_config") -> Manifest:
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise NunchakuError(f"{source}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
+        dtype = data.get("compute_dtype", "bfloat16")
+        if dtype not in _DTYPES:
+            raise NunchakuError(f"{source}: compute_dtype is {dtype!r}, expected one of {sorted(_DTYPES)}")
+        sites = data.get("sites")
+        if not isinstance(sites, dict) or not sites:
+            raise NunchakuError(f"{source}: 'sites' must be a non-empty table of module names")
+        try:
+            entries = {name: entry_from_json(entry) for name, entry in sites.items()}
+        except (NunchakuError, TypeError, KeyError) as error:
+            raise NunchakuError(f"{source}: bad site entry: {error}") from error
+        return Manifest(dtype, entries, [list(group) for group in data.get("groups") or []],
+                        data.get("recipe") or "", data.get("report") or {})
+
+    def to_json(self) -> dict[str, Any]:
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "compute_dtype": self.compute_dtype,
+                "sites": {name: entry_to_json(entry) for name, entry in self.sites.items()},
+                "groups": self.groups, "recipe": self.recipe, "report": self.report}
+
+    def resolve(self, model: nn.Module, source: str) -> dict[str, Entry]:
+        """Exact names first, then globs in order, over the model's linears; one that matches nothing is an error."""
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        resolved: dict[str, Entry] = {}
+        for pattern in sorted(self.sites, key=lambda text: "*" in text or "?" in text):
+            matched = [name for name in linears if name == pattern or fnmatchcase(name, pattern)]
+            if not matched:
+                raise NunchakuError(f"{source}: site {pattern!r} matches no linear of {type(model).__name__}")
+            for name in matched:
+                resolved.setdefault(name, self.sites[pattern])
+        return {name: resolved[name] for name in linears if name in resolved}
+
+    def install(self, model: nn.Module, keys: Iterable[str] | None, source: str) -> None:
+        """Put empty quantized modules (meta tensors) into `model`; `keys`, where known, tell which have a bias."""
+        known = None if keys is None else set(keys)
+        for name, entry in self.resolve(model, source).items():
+            old = model.get_submodule(name)
+            bias = old.bias is not None if known is None else f"{name}.bias" in known
+            if old.bias is not None and not bias:
+                raise NunchakuError(f"{source}: {name}.bias is missing")
+            replace_module(model, name, empty_module(name, old, entry, bias, self.dtype))
+
+
+def manifest_of(model: nn.Module, recipe: str = "", groups: Iterable[Iterable[str]] = (),
+                report: dict[str, Any] | None = None) -> Manifest:
+    """Describe a quantized model from its modules."""
+    modules = quantized_modules(model)
+    if not modules:
+        raise NunchakuError(f"{type(model).__name__} holds no quantized linears")
+    first = next(iter(modules.values()))
+    dtype = (first.parts[0] if hasattr(first, "parts") else first).file_dtype
+    return Manifest(str(dtype).removeprefix("torch."), {name: entry_of(module) for name, module in modules.items()},
+                    [list(group) for group in groups], recipe, report or {})
+
+
+def entry_from_json(entry: dict[str, Any]) -> Entry:
+    if "parts" not in entry:
+        return Site.from_json(entry)
+    if set(entry) != {"parts"}:
+        raise NunchakuError(f"an entry with parts holds nothing else, got {sorted(entry)}")
+    return tuple((tuple(part["k_range"]), Site.from_json({k: v for k, v in part.items() if k != "k_range"}))
+                 for part in entry["parts"])
+
+
+def entry_to_json(entry: Entry) -> dict[str, Any]:
+    if isinstance(entry, Site):
+        return entry.to_json()
+    return {"parts": [{"k_range": list(k_range), **site.to_json()} for k_range, site in entry]}

@@ -1,0 +1,221 @@
+"""Our own files: a diffusers model folder, or one safetensors file with the config in its metadata.
+
+Files appear under their final name only when complete.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import NunchakuError
+from ..linear import QuantizedSite, SplitLinear
+from .manifest import QUANT_METHOD, Manifest
+from .validate import check_file, check_keys, check_loaded, is_quantized, split_parameter
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a quantized model (or pipeline) to a folder, or a model to one `.safetensors` file."""
+    path = Path(path)
+    single = path.suffix == ".safetensors"
+    if single and not isinstance(model, nn.Module):
+        raise NunchakuError(f"{path}: a pipeline is saved to a folder; save its model to a single file instead")
+    if isinstance(model, nn.Module) and not is_quantized(model):
+        raise NunchakuError(f"{type(model).__name__} holds no quantized linears: quantize it first")
+    _write_then_rename(path, lambda to: _write_single(model, to) if single else _write_folder(model, to))
+    return path
+
+
+def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | None = None) -> Any:
+    """Read what `save` wrote: a model or pipeline folder, or a single file. Returns the ordinary diffusers class."""
+    path = Path(path)
+    if path.is_file():
+        return _read_single(path, mode, dtype)
+    if not path.is_dir():
+        raise NunchakuError(f"{path}: no such file or folder")
+    for file in sorted(path.rglob("*.safetensors")):
+        check_file(file)
+    if (path / "model_index.json").is_file():
+        return _read_pipeline(path, mode, dtype)
+    return _read_folder(path, mode, dtype)
+
+
+def model_class(config: dict[str, Any], source: str) -> Any:
+    import diffusers
+    import transformers
+
+    name = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    found = getattr(diffusers, str(name), None) or getattr(transformers, str(name), None)
+    if found is None:
+        raise NunchakuError(f"{source}: model class {name!r} is not one that diffusers or transformers has")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NunchakuError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
+                            f"(quant_method is {quantization.get('quant_method')!r})")
+    kwargs = {"torch_dtype": dtype} if dtype is not None else {}
+    model = model_class(config, str(path)).from_pretrained(path, **kwargs)
+    return _in_mode(model, mode)
+
+
+def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
+    from diffusers import DiffusionPipeline
+
+    kwargs = {"torch_dtype": dtype} if dtype is not None else {}
+    pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            _in_mode(component, mode)
+    return pipe
+
+
+def _in_mode(model: nn.Module, mode: str) -> nn.Module:
+    if mode != "auto":
+        for module in model.modules():
+            if isinstance(module, QuantizedSite):
+                module.set_mode(mode)
+    return model
+
+
+def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
+    check_file(path)
+    with safe_open(path, framework="pt") as file:
+        config = _config_of(file.metadata(), path)
+        manifest = Manifest.from_json(config["quantization_config"], str(path))
+        model = _empty_model(config, path)
+        keys = list(file.keys())
+        manifest.install(model, keys, str(path))
+        check_keys(model, keys, str(path))
+        for key in keys:
+            _put(model, key, file.get_tensor(key), dtype, str(path))
+    check_loaded(model, str(path), mode)
+    _attach_stored(model, config["quantization_config"])
+    return model.eval()
+
+
+def _config_of(metadata: dict[str, str] | None, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((metadata or {})["config"])
+        if config["quantization_config"]["quant_method"] == QUANT_METHOD:
+            return config
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise NunchakuError(f"{path}: not a file of ours: its metadata holds no 'config' with our quantization_config")
+
+
+def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    cls = model_class(config, str(path))
+    with init_empty_weights():
+        if hasattr(cls, "from_config"):
+            return cls.from_config(plain)
+        return cls(cls.config_class.from_dict(plain))
+
+
+def _put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | None, source: str) -> None:
+    module, leaf = split_parameter(model, key)
+    if isinstance(module, QuantizedSite | SplitLinear):
+        module.set_tensor(leaf, tensor, f"{source}: {key}")
+        return
+    old = getattr(module, leaf)
+    if old.shape != tensor.shape:
+        raise NunchakuError(f"{source}: {key}: expected {tuple(old.shape)}, got {tuple(tensor.shape)}")
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _attach_stored(model: nn.Module, quantization: dict[str, Any]) -> None:
+    from ..diffusers_hook import SVDQuantConfig, SVDQuantizer
+
+    config = SVDQuantConfig.from_dict(quantization)
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(quantization_config=config)
+        model.hf_quantizer = SVDQuantizer(config, pre_quantized=True)
+        model.is_quantized, model.quantization_method = True, config.quant_method
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def _write_folder(model: Any, path: Path) -> None:
+    model.save_pretrained(path)
+    for file in path.rglob("config.json"):  # where a model was loaded from is nobody's business, and changes its bytes
+        config = read_json(file)
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_single(model: nn.Module, path: Path) -> None:
+    config = json.loads(model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string())
+    config.pop("_name_or_path", None)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
+
+
+def _write_then_rename(path: Path, write: Callable[[Path], None]) -> None:
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _publish(partial, path)
+    except OSError as error:
+        raise NunchakuError(f"{path}: cannot be written: {error}") from error
+    except Exception as error:
+        if "No space left" in str(error) or "I/O error" in str(error):  # safetensors wraps the OS's error
+            raise NunchakuError(f"{path}: cannot be written: {error}") from error
+        raise
+    finally:
+        _remove(partial)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Rename; into a folder that exists already, file by file, and the shards of an earlier save do not linger."""
+    if partial.is_file() or not path.exists():
+        os.replace(partial, path)
+        return
+    for file in sorted(partial.rglob("*")):
+        target = path / file.relative_to(partial)
+        if file.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(file, target)
+            if file.suffix == ".safetensors":
+                _remove_other_shards(target, partial / file.relative_to(partial).parent)
+
+
+def _remove_other_shards(written: Path, new: Path) -> None:
+    stem = written.stem.split("-")[0]
+    for old in written.parent.glob(f"{stem}*.safetensors*"):
+        if old != written and not (new / old.name).exists() and old.stat().st_mtime_ns < written.stat().st_mtime_ns:
+            old.unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()

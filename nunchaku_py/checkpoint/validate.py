@@ -1,0 +1,76 @@
+"""A reader's checks: keys, shapes, finite scales. Each refusal is a sentence that names the file and the tensor."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..errors import NunchakuError
+from ..linear import QuantizedSite
+from ..swap import quantized_modules, quantized_sites
+
+_MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
+_SHOWN = 3
+
+
+def split_parameter(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """(module that owns the parameter, its leaf name); the module is None where the path does not exist."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(parent), leaf
+    except AttributeError:
+        return None, leaf
+
+
+def check_keys(model: nn.Module, keys: Iterable[str], source: str) -> None:
+    """Refuse missing and unexpected tensors, as far as the model itself does not allow them."""
+    expected, found = set(model.state_dict()), set(keys)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    unexpected = sorted(key for key in found - expected if not any(re.search(pattern, key) for pattern in ignored))
+    missing = sorted(expected - found)
+    if missing:
+        raise NunchakuError(f"{source}: {len(missing)} tensors are missing: {_some(missing)}")
+    if unexpected:
+        raise NunchakuError(f"{source}: {len(unexpected)} tensors are unexpected: {_some(unexpected)}")
+
+
+def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
+    """After loading: nothing is left on the meta device, what the ops divide or multiply by is finite; then pack."""
+    empty = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
+    if empty:
+        raise NunchakuError(f"{source}: {len(empty)} tensors are missing: {_some(empty)}")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedSite):
+            check_finite(module, f"{source}: {name}")
+    for site in quantized_sites(model):
+        site.set_mode(mode)
+
+
+def check_finite(site: QuantizedSite, label: str) -> None:
+    for leaf in _MUST_BE_FINITE:
+        tensor = site._parameters.get(leaf)
+        if tensor is not None and not torch.isfinite(tensor.float()).all():
+            raise NunchakuError(f"{label}.{leaf}: holds NaN or infinite values")
+    if site.site.has_smooth and not (site.smooth > 0).all():
+        raise NunchakuError(f"{label}.smooth: must be positive")
+
+
+def check_file(path: Path) -> None:
+    """Open a safetensors file, so that a truncated or corrupted one is refused before anything is built."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise NunchakuError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return bool(quantized_modules(model))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

@@ -1,0 +1,344 @@
+"""QuantLinear: the module that stands where nn.Linear stood, its 1×1-convolution twin, and the K-split one.
+
+The canonical tensors are parameters (so offload hooks move them); what packing derives from them for one device and
+mode are non-persistent buffers (so state_dict() stays canonical).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .errors import NunchakuError
+from .site import MODES, Mode, Site, SiteTensors, auto_mode, shift_correction
+from .tensor import QTensor
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LINEAR_OPS = {"int4": ops.linear_w4a4, "uint4": ops.linear_w4a4, "nvfp4": ops.linear_w4a4,
+               "int8": ops.linear_w4a8, "none": ops.linear_w4a16}
+
+
+class QuantizedInput(NamedTuple):
+    """Codes, scales and low-rank hidden state of one input; sites of a group share it."""
+
+    qx: Tensor
+    sx: Tensor
+    h: Tensor
+
+
+class QuantizedSite(nn.Module):
+    """What linears and 1×1 convolutions share: tensors, packing, and rows → rows."""
+
+    is_nunchaku_quantized = True
+
+    def _declare(self, site: Site, n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
+        self.site, self.rows_out, self.rows_in, self.compute_dtype = site, n, k, dtype
+        self.requested_mode: str = "auto"
+        self.mode: Mode | None = None
+        for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
+            empty = torch.empty(shape, dtype=kind, device="meta")
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        if not bias:
+            self.register_parameter("bias", None)
+        for name in ("inv_smooth", "folded_codes", "folded_scales", "mode_bias"):
+            self.register_buffer(name, None, persistent=False)
+
+    # ------------------------------------------------------------------------------------------------- tensors
+    def tensor_dtypes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name → (shape, dtype) the file must hold; the bias may also be 32 bit."""
+        has_bias = self._parameters.get("bias") is not None
+        return self.site.tensors(self.rows_out, self.rows_in, has_bias, self.file_dtype)
+
+    @property
+    def file_dtype(self) -> torch.dtype:
+        """The 16-bit dtype of the stored tensors; `.to(dtype)` never changes it."""
+        stored = self._parameters.get("smooth")
+        stored = self._parameters["scales"] if stored is None else stored
+        return torch.bfloat16 if stored.dtype == torch.float8_e4m3fn else stored.dtype
+
+    def set_tensor(self, name: str, tensor: Tensor, label: str | None = None) -> None:
+        """Put one canonical tensor in place, refusing in a sentence what does not fit."""
+        shape, dtype = self.tensor_dtypes()[name]
+        dtypes = (dtype, torch.float32, torch.bfloat16, torch.float16) if name == "bias" else (dtype,)
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            raise NunchakuError(f"{label or name}: expected {shape} {_dtype_name(dtype)}, "
+                                f"got {tuple(tensor.shape)} {_dtype_name(tensor.dtype)}")
+        self._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+    def set_tensors(self, tensors: SiteTensors, label: str = "") -> None:
+        for name, tensor in tensors.named().items():
+            self.set_tensor(name, tensor, f"{label}.{name}" if label else name)
+        self.pack()
+
+    def qtensor(self) -> QTensor:
+        get = self._parameters.get
+        return QTensor(self.codes.data, self.scales.data, self.site.weight_format, self.rows_in,
+                       _data(get("zeros")), _data(get("channel_scale")))
+
+    def nbytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    # ------------------------------------------------------------------------------------------------- packing
+    def set_mode(self, mode: str) -> None:
+        if mode != "auto" and mode not in MODES:
+            raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
+        self.requested_mode = mode
+        self.pack()
+
+    def is_ready(self) -> bool:
+        return not any(p.is_meta for p in self._parameters.values() if p is not None)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Derive what the ops want on this device in this mode; without data (meta tensors) it waits."""
+        if not self.is_ready():
+            return
+        wanted = auto_mode(self.site, self.codes.device) if self.requested_mode == "auto" else self.requested_mode
+        self.mode = "a16" if self.site.kind == "w4a16" else wanted
+        self.linear_spec = self.site.linear_spec(self.mode, self.rows_in)
+        self.inv_smooth = 1.0 / self.smooth.data.float() if self.site.has_smooth else None
+        folded = self.qtensor().fold_int8() if self.linear_spec.weight == "int8" else (None, None)
+        self.folded_codes, self.folded_scales = folded
+        self.mode_bias = self._bias_of_mode()
+
+    def _bias_of_mode(self) -> Tensor | None:
+        """None where the stored bias serves as it is. A mode that does not shift takes the correction back."""
+        unshifted = self.site.shift and self.mode != "a4"
+        if self.bias is not None and not unshifted:
+            return None
+        bias = torch.zeros(self.rows_out, dtype=self.file_dtype, device=self.codes.device)
+        if self.bias is not None:
+            bias = self.bias.data
+        if unshifted:
+            bias = bias.float() + shift_correction(self.qtensor(), self.smooth.data, self.site.shift)
+        return bias
+
+    # ----------------------------------------------------------------------------------------------- execution
+    def branch(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(down, up) in the activation dtype; rank 0 is a size, not None."""
+        if self.site.rank:
+            return self.down.to(dtype), self.up.to(dtype)
+        device = self.codes.device
+        return (torch.empty(0, self.rows_in, dtype=dtype, device=device),
+                torch.empty(self.rows_out, 0, dtype=dtype, device=device))
+
+    def quantize_input(self, rows: Tensor) -> QuantizedInput:
+        """rows (M,K) → what `multiply` of this site, and of every site of its group, takes."""
+        self._check_ready()
+        down, _ = self.branch(rows.dtype)
+        if not self.site.has_smooth:
+            empty = torch.empty(0, dtype=torch.float32, device=rows.device)
+            return QuantizedInput(rows, empty, rows.float() @ down.float().T)
+        return QuantizedInput(*ops.quantize_act(rows, self.inv_smooth, down, self.linear_spec.act))
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(qw, sw, aux, up, bias) as the linear ops take them."""
+        _, up = self.branch(dtype)
+        bias = (self.bias if self.mode_bias is None else self.mode_bias).to(dtype)
+        if self.folded_codes is not None:
+            return self.folded_codes, self.folded_scales, up.new_empty(0), up, bias
+        return self.codes, self.scales, self._aux(up), up, bias
+
+    def _aux(self, like: Tensor) -> Tensor:
+        if self.site.format == "nvfp4":
+            return self.channel_scale
+        return self.zeros if self.site.format == "uint4" else like.new_empty(0)
+
+    def multiply(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
+        """Quantized rows → y (M,N)."""
+        qw, sw, aux, up, bias = self.operands(dtype)
+        op = _LINEAR_OPS[self.linear_spec.act.format]
+        return op(x.qx, x.sx, qw, sw, aux, x.h, up, bias, self.linear_spec)
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        return self.multiply(self.quantize_input(rows), rows.dtype)
+
+    def _check_ready(self) -> None:
+        if self.mode is None:
+            raise NunchakuError("this quantized linear has no weights yet (meta device): load them before running it")
+
+    # ------------------------------------------------------------------------------------- the nn.Module surface
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves follow; casts do not reach the stored tensors (their bits are the model) but set the compute dtype."""
+        device = self.codes.device
+        super()._apply(lambda tensor: _move_only(fn, tensor), recurse)
+        wanted = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
+        self.compute_dtype = wanted if wanted in COMPUTE_DTYPES else self.compute_dtype
+        if self.codes.device.type != device.type:
+            self.mode = None
+            self.pack()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        errors = args[-1]
+        for name, (_, dtype) in self.tensor_dtypes().items():
+            found = state_dict.get(prefix + name)
+            if found is not None and found.dtype != dtype and name != "bias":
+                errors.append(f"{prefix}{name}: expected {_dtype_name(dtype)}, got {_dtype_name(found.dtype)}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.pack()
+
+    def _shim(self, *shape: int) -> Tensor:
+        """A weight by shape, dtype and device only. NaN, so that code which multiplies by it is noticed."""
+        nan = torch.full((1,), float("nan"), dtype=self.compute_dtype, device=self.codes.device)
+        return nan.expand(*shape)
+
+    def effective_weight(self) -> Tensor:
+        """(N,K) fp32: the 16-bit weight this site stands for."""
+        weight = self.qtensor().dequantize()
+        if self.site.has_smooth:
+            weight = weight / self.smooth.data.float()
+        return weight + self.up.data.float() @ self.down.data.float() if self.site.rank else weight
+
+    def effective_bias(self) -> Tensor | None:
+        """(N): the bias without the shift correction, or None."""
+        if not self.site.shift or self.bias is None:
+            return _data(self.bias)
+        return self.bias.data.float() + shift_correction(self.qtensor(), self.smooth.data, self.site.shift)
+
+    def describe(self) -> str:
+        rank = f", rank={self.site.rank}" if self.site.rank else ""
+        return f"{self.site.kind} {self.site.format} g{self.site.group}{rank}, mode={self.mode}"
+
+
+class QuantLinear(QuantizedSite, nn.Linear):
+    """A quantized nn.Linear; looks like one to diffusers and PEFT (in_features, out_features, weight, bias)."""
+
+    def __init__(self, site: Site, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._declare(site, out_features, in_features, bias, dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._shim(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise NunchakuError(f"input: expected (…, {self.in_features}), got {tuple(x.shape)}")
+        return self.apply_rows(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.describe()}"
+
+    def dense(self) -> nn.Linear:
+        """A 16-bit nn.Linear with the same weights."""
+        bias = self.effective_bias()
+        out = nn.Linear(self.in_features, self.out_features, bias is not None, self.codes.device, self.compute_dtype)
+        return _fill(out, self.effective_weight(), bias)
+
+
+class QuantConv1x1(QuantizedSite, nn.Conv2d):
+    """A quantized 1×1 nn.Conv2d: a linear over channels."""
+
+    def __init__(self, site: Site, in_channels: int, out_channels: int, bias: bool, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation, self.groups = (1, 1), (1, 1), (1, 1), 1
+        self.padding, self.padding_mode, self.transposed, self.output_padding = (0, 0), "zeros", False, (0, 0)
+        self._declare(site, out_channels, in_channels, bias, dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._shim(self.out_channels, self.in_channels, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-3] != self.in_channels:
+            raise NunchakuError(f"input: expected (…, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        last = x.movedim(-3, -1)
+        y = self.apply_rows(last.reshape(-1, self.in_channels)).reshape(*last.shape[:-1], self.out_channels)
+        return y.movedim(-1, -3).contiguous()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}, {self.describe()}"
+
+    def dense(self) -> nn.Conv2d:
+        bias = self.effective_bias()
+        out = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=bias is not None,
+                        device=self.codes.device, dtype=self.compute_dtype)
+        return _fill(out, self.effective_weight()[:, :, None, None], bias)
+
+
+class SplitLinear(nn.Linear):
+    """y = Σ_i part_i(x[…, k0_i:k1_i]) + bias: a linear whose input concatenates parts of different nature."""
+
+    is_nunchaku_quantized = True
+
+    def __init__(self, sites: Sequence[Site], ranges: Sequence[tuple[int, int]], out_features: int, bias: bool,
+                 dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.ranges = tuple((int(k0), int(k1)) for k0, k1 in ranges)
+        _check_ranges(self.ranges)
+        self.in_features, self.out_features = self.ranges[-1][1], out_features
+        self.parts = nn.ModuleList(QuantLinear(site, k1 - k0, out_features, False, dtype)
+                                   for site, (k0, k1) in zip(sites, self.ranges, strict=True))
+        meta = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False)
+        self.register_parameter("bias", meta if bias else None)
+
+    def set_tensor(self, name: str, tensor: Tensor, label: str | None = None) -> None:
+        """Only the bias is its own."""
+        if name != "bias" or tuple(tensor.shape) != (self.out_features,) or not tensor.is_floating_point():
+            raise NunchakuError(f"{label or name}: expected bias ({self.out_features},) floating point, "
+                                f"got {tuple(tensor.shape)} {_dtype_name(tensor.dtype)}")
+        self.bias = nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves follow, casts do not: as for every stored tensor."""
+        if recurse:
+            for part in self.parts:
+                part._apply(fn)
+        return super()._apply(lambda tensor: _move_only(fn, tensor), recurse=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parts[0]._shim(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise NunchakuError(f"input: expected (…, {self.in_features}), got {tuple(x.shape)}")
+        y = sum(part(x[..., k0:k1]) for part, (k0, k1) in zip(self.parts, self.ranges, strict=True))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, parts={list(self.ranges)}"
+
+    def dense(self) -> nn.Linear:
+        weight = torch.cat([part.effective_weight() for part in self.parts], 1)
+        bias = _data(self.bias)
+        for part in self.parts:
+            if part.site.shift and bias is not None:
+                bias = bias.float() + shift_correction(part.qtensor(), part.smooth.data, part.site.shift)
+        out = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device,
+                        self.parts[0].compute_dtype)
+        return _fill(out, weight, bias)
+
+
+def _check_ranges(ranges: tuple[tuple[int, int], ...]) -> None:
+    edges = [0, *(k1 for _, k1 in ranges)]
+    if not ranges or [k0 for k0, _ in ranges] != edges[:-1] or any(k1 <= k0 for k0, k1 in ranges):
+        raise NunchakuError(f"parts: k_range must tile the input from 0 without gaps, got {list(ranges)}")
+
+
+def _fill(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
+    module.weight.data.copy_(weight)
+    if bias is not None:
+        module.bias.data.copy_(bias)
+    return module.requires_grad_(False)
+
+
+def _move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """fn's change of device without its change of dtype."""
+    probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+    return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+
+def _data(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.data
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,283 @@
+"""quantize(target, recipe, data): plan, calibrate block by block or not at all, quantize, swap.
+
+In place, or not at all: whatever goes wrong or is interrupted, the model is left as it was.
+"""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrate import capture_states
+from .collect import SiteTap
+from .engine import Engine, Job, jobs_of
+from .errors import NunchakuError
+from .methods.work import Context, Stats
+from .models.plan import Plan, Unit, plan
+from .progress import Progress
+from .recipes import Recipe, recipe_of
+from .replay import replay
+from .report import Report, SiteRow, merged
+from .resume import FinishedBlocks
+from .site import MODES
+from .swap import Quantized, quantized_sites, replace_modules
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def quantize(target: Any, recipe: str | Recipe = "svdquant-int4", data: Any = None, mode: str = "auto", *,
+             rank: int | None = None, rules: Mapping[str, str] | None = None,
+             components: Sequence[str] | Mapping[str, str | Recipe] | None = None, states: int = 16,
+             feedback: bool = True, work_dir: str | os.PathLike[str] | None = None, progress: bool | None = None,
+             seed: int = 0) -> Report:
+    """Quantize a pipeline's denoiser(s), or a model, in place, and report what was done.
+
+    data: None (data-free), a list of prompts (pipelines), an iterable of forward kwargs, or a callable that takes the
+    model and runs it. rules: {glob of module names: "w4a4" | "w4a16" | "keep"}, over the architecture's own; a later
+    rule overrides an earlier one. components: which of a pipeline's models, optionally with a recipe each. states: how
+    many (prompt, timestep) states to calibrate on. feedback: let every block see what the quantized blocks before it
+    give. work_dir: a folder that holds finished blocks, so that an interrupted run goes on from there.
+    """
+    chosen = _components(target, recipe, components)
+    reports: dict[str, Report] = {}
+    for name, (model, its_recipe) in chosen.items():
+        pipeline = None if isinstance(target, nn.Module) else target
+        its_data = data if name in DENOISERS or pipeline is None else None
+        folder = None if work_dir is None else os.path.join(work_dir, name) if len(chosen) > 1 else work_dir
+        reports[name] = quantize_model(model, its_recipe, its_data, mode, rank=rank, rules=rules, states=states,
+                                       feedback=feedback, work_dir=folder, progress=progress, seed=seed,
+                                       pipeline=pipeline)
+    return merged(reports)
+
+
+def quantize_model(model: nn.Module, recipe: str | Recipe, data: Any, mode: str, *, rank: int | None = None,
+                   rules: Mapping[str, str] | None = None, states: int = 16, feedback: bool = True,
+                   work_dir: str | os.PathLike[str] | None = None, progress: bool | None = None, seed: int = 0,
+                   pipeline: Any = None) -> Report:
+    """Quantize one model in place; `pipeline` is what runs prompts through it."""
+    if mode != "auto" and mode not in MODES:
+        raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
+    started = time.monotonic()
+    run = _prepare(model, recipe, rank, rules, seed, data is None)
+    before = model_bytes(model)
+    run.open(work_dir, states if data is not None else 0, feedback)
+    with torch.no_grad():
+        if data is None:
+            run.data_free(progress)
+        else:
+            run.calibrated(data, pipeline, states, feedback, progress)
+    run.swap(mode)
+    report = run.report(before, time.monotonic() - started)
+    attach(model, report)
+    if run.finished is not None:
+        run.finished.delete()
+    return report
+
+
+def _prepare(model: nn.Module, recipe: str | Recipe, rank: int | None, rules: Mapping[str, str] | None, seed: int,
+             data_free: bool) -> Run:
+    recipe = recipe_of(recipe)
+    planned = plan(model, recipe.kind, rules or {})
+    dtype = model_dtype(model, planned)
+    context = Context(scale_dtype=torch.float16 if dtype == torch.float16 else torch.bfloat16, seed=seed,
+                      data_free=data_free, options=recipe.options)
+    engine = Engine(recipe, context, rank)
+    jobs = jobs_of(planned)
+    engine.check(jobs, model)
+    return Run(model, engine, planned, jobs, dtype)
+
+
+@dataclass
+class Run:
+    """One model on its way; `modules` gathers the quantized ones until everything is there."""
+
+    model: nn.Module
+    engine: Engine
+    plan: Plan
+    jobs: list[Job]
+    dtype: torch.dtype
+    modules: dict[str, Quantized] = field(default_factory=dict)
+    rows: list[SiteRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    finished: FinishedBlocks | None = None
+
+    def open(self, work_dir: str | os.PathLike[str] | None, states: int, feedback: bool) -> None:
+        if work_dir is None:
+            return
+        recipe, context = self.engine.recipe, self.engine.context
+        settings = {"model": type(self.model).__name__, "recipe": recipe.name, "format": recipe.format,
+                    "rank": self.engine.rank or recipe.rank, "options": repr(context.options), "seed": context.seed,
+                    "units": repr(self.plan.units), "states": states, "feedback": feedback}
+        self.finished = FinishedBlocks(work_dir, settings)
+
+    @property
+    def blocks(self) -> dict[str, list[Job]]:
+        found: dict[str, list[Job]] = {}
+        for job in self.jobs:
+            found.setdefault(job.block, []).append(job)
+        return found
+
+    def cost(self, block: str) -> int:
+        """Work is close to proportional to the number of weights."""
+        return sum(self.model.get_submodule(name).weight.numel() for job in self.blocks[block] for name in job.names)
+
+    def data_free(self, progress: bool | None) -> None:
+        costs = {block: self.cost(block) for block in self.blocks}
+        with Progress(sum(costs.values()), "quantizing", progress) as bar:
+            for block, cost in costs.items():
+                bar.say(block)
+                self.quantize_block(block, {})
+                bar.advance(cost)
+
+    def calibrated(self, data: Any, pipeline: Any, states: int, feedback: bool, progress: bool | None) -> None:
+        """Replay a few captured forwards block by block; with feedback each block sees the quantized ones' output."""
+        found = capture_states(pipeline or self.model, self.model, data, states, seed=self.engine.context.seed,
+                               show=progress)
+        inside = {block: self.model.get_submodule(block) for block in self.blocks if block}
+        undo: dict[str, nn.Module] = {}
+
+        def finish(block: str, stats: dict[Unit, Stats]) -> None:
+            made = self.quantize_block(block, stats)
+            if feedback:
+                undo.update(replace_modules(self.model, made))
+
+        try:
+            with Progress(sum(map(self.cost, inside)), "quantizing", progress) as bar:
+                replay(self.model, inside, found, self.taps_of, finish, feedback=feedback, progress=bar)
+        except BaseException:
+            replace_modules(self.model, undo)
+            raise
+        for block in self.blocks:
+            if not any(name in self.modules for job in self.blocks[block] for name in job.names):
+                self.notes.append(f"{block or 'outside the blocks'}: no calibration forward reached it, done data-free")
+                self.quantize_block(block, {})
+
+    def taps_of(self, block: str) -> dict[Unit, SiteTap]:
+        """The first member of each unit is listened to; nothing, where the finished block lies on disk."""
+        if self.finished is not None and self.finished.has(block):
+            return {}
+        recipe = self.engine.recipe
+        return {unit: SiteTap(self.model.get_submodule(unit.names[0]), unit.k_range,
+                              recipe.needs_gram and unit.kind == recipe.kind)
+                for job in self.blocks[block] for unit in job.units}
+
+    def quantize_block(self, block: str, stats: Mapping[Unit, Stats]) -> dict[str, Quantized]:
+        """The block's quantized modules, from the folder of finished blocks or made now."""
+        jobs = self.blocks[block]
+        originals = {name: self.model.get_submodule(name) for job in jobs for name in job.names}
+        known = self.finished.read(block, originals, self.engine.context.scale_dtype) if self.finished else None
+        if known is None:
+            modules, rows = {}, []
+            for job in jobs:
+                made, job_rows = self.engine.run(job, originals, stats)
+                modules |= made
+                rows += job_rows
+            known = modules, rows
+            if self.finished is not None:
+                self.finished.write(block, originals, known)
+        self.modules |= known[0]
+        self.rows += known[1]
+        return known[0]
+
+    def swap(self, mode: str) -> None:
+        replace_modules(self.model, self.modules)
+        for site in quantized_sites(self.model):
+            site.set_mode(mode)
+
+    def report(self, before: int, seconds: float) -> Report:
+        order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
+        rows = sorted(self.rows, key=lambda row: (order[row.name], row.k_range or (0, 0)))
+        groups = [list(unit.names) for unit in self.plan.units if len(unit.names) > 1]
+        return Report(self.engine.recipe.name, rows, dict(self.plan.kept), groups, before, model_bytes(self.model),
+                      seconds, self.notes, self.dtype)
+
+
+class StreamingQuantizer:
+    """Data-free quantization while a model is being loaded: a job runs as soon as the last of its weights is there."""
+
+    def __init__(self, model: nn.Module, config: Any, dtype: torch.dtype | None) -> None:
+        self.model, self.started = model, time.monotonic()
+        recipe = recipe_of(config.recipe)
+        planned = plan(model, recipe.kind, config.rules or {})
+        self.before = model_bytes(model)
+        context = Context(scale_dtype=torch.float16 if dtype == torch.float16 else torch.bfloat16, data_free=True,
+                          options=recipe.options)
+        self.run = Run(model, Engine(recipe, context, config.rank), planned, jobs_of(planned), dtype or torch.float32)
+        self.job_of = {name: job for job in self.run.jobs for name in job.names}
+
+    def wants(self, parameter: str) -> bool:
+        name, _, leaf = parameter.rpartition(".")
+        return name in self.job_of and leaf in ("weight", "bias")
+
+    @torch.no_grad()
+    def put(self, parameter: str, value: Tensor) -> None:
+        """Take one weight or bias; once its job is complete, quantize and replace the job's modules."""
+        name, _, leaf = parameter.rpartition(".")
+        self.model.get_submodule(name)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        job = self.job_of[name]
+        waiting = [p for member in job.names for p in self.model.get_submodule(member).parameters() if p.is_meta]
+        if waiting:
+            return
+        self.run.engine.check([job], self.model)
+        modules, rows = self.run.engine.run(job, {member: self.model.get_submodule(member) for member in job.names}, {})
+        self.run.modules |= modules
+        self.run.rows += rows
+        replace_modules(self.model, modules)
+
+    def finish(self) -> Report:
+        missing = [name for name in self.job_of if name not in self.run.modules]
+        if missing:
+            raise NunchakuError(f"{missing[0]}.weight: missing in the checkpoint ({len(missing)} such linears)")
+        return self.run.report(self.before, time.monotonic() - self.started)
+
+
+def attach(model: nn.Module, report: Report) -> None:
+    """Tell diffusers or transformers, whichever the model is of, that it is quantized, so that it saves and reloads."""
+    if hasattr(model, "register_to_config"):
+        from .diffusers_hook import SVDQuantConfig, attach_config
+
+        attach_config(model, SVDQuantConfig(), report)
+    elif hasattr(model, "config") and hasattr(model, "save_pretrained"):
+        from .transformers_hook import attach_text
+
+        attach_text(model, report)
+
+
+def model_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def model_dtype(model: nn.Module, planned: Plan) -> torch.dtype:
+    """The dtype of the linears to be quantized; 32 bit and both 16-bit types are understood."""
+    name = planned.units[0].names[0]
+    dtype = model.get_submodule(name).weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NunchakuError(f"{name}.weight: expected float32, bfloat16 or float16, got {str(dtype)[6:]}")
+    return dtype
+
+
+def _components(target: Any, recipe: str | Recipe, components: Sequence[str] | Mapping[str, str | Recipe] | None
+                ) -> dict[str, tuple[nn.Module, str | Recipe]]:
+    """Component name → (model, recipe); a bare model has the name ""."""
+    if isinstance(target, nn.Module):
+        if components is not None:
+            raise NunchakuError("components: only a pipeline has components, this is a model")
+        return {"": (target, recipe)}
+    held = getattr(target, "components", None)
+    if not isinstance(held, dict):
+        raise NunchakuError(f"quantize takes a model or a diffusers pipeline, not {type(target).__name__}")
+    if components is None:
+        components = [name for name in DENOISERS if isinstance(held.get(name), nn.Module)]
+        if not components:
+            raise NunchakuError(f"{type(target).__name__} has no transformer or unet; name its components")
+    wrong = [name for name in components if not isinstance(held.get(name), nn.Module)]
+    if wrong:
+        models = [name for name, part in held.items() if isinstance(part, nn.Module)]
+        raise NunchakuError(f"components: {wrong[0]!r} is not a model of this pipeline; it has {', '.join(models)}")
+    recipes = components if isinstance(components, Mapping) else {}
+    return {name: (held[name], recipes.get(name, recipe)) for name in components}

@@ -1,0 +1,67 @@
+"""Tell diffusers and transformers of our quantizer once they are imported, so that importing us stays cheap."""
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader, plus a call once the module is there."""
+
+    def __init__(self, inner: importlib.abc.Loader, then: Callable[[ModuleType], None]) -> None:
+        self._inner, self._then = inner, then
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        self._then(module)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Watches one module name; steps aside for every other."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None,
+                  target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._then)
+        return spec
+
+
+def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
+    """Call `then(module)` now if `name` is imported already, else right after its import."""
+    if name in sys.modules:
+        then(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, then))
+
+
+def register() -> None:
+    after_import("diffusers.quantizers.auto", _register_diffusers)
+    after_import("transformers.quantizers.auto", _register_transformers)
+
+
+def _register_diffusers(auto: ModuleType) -> None:
+    from .diffusers_hook import SVDQuantConfig, SVDQuantizer
+
+    auto.AUTO_QUANTIZER_MAPPING["nunchaku_py"] = SVDQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["nunchaku_py"] = SVDQuantConfig
+
+
+def _register_transformers(auto: ModuleType) -> None:
+    from .transformers_hook import TextSVDQuantConfig, TextSVDQuantizer
+
+    auto.AUTO_QUANTIZER_MAPPING["nunchaku_py"] = TextSVDQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["nunchaku_py"] = TextSVDQuantConfig

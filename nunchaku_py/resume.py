@@ -1,0 +1,112 @@
+"""Finished blocks of an unfinished quantization, kept on disk so that the same command goes on where it was stopped."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .checkpoint.manifest import entry_from_json, entry_to_json
+from .errors import NunchakuError
+from .report import SiteRow
+from .swap import Entry, Quantized, empty_module, entry_of, fill_module, quantized_sites
+
+_SETTINGS = "settings.json"
+Finished = tuple[dict[str, Quantized], list[SiteRow]]
+
+
+class FinishedBlocks:
+    """One safetensors file per finished block: its tensors, its report rows, and the checksum of its 16-bit weights."""
+
+    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self._open(json.dumps(settings, sort_keys=True, default=str))
+
+    def _open(self, settings: str) -> None:
+        known = self.folder / _SETTINGS
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if known.exists() and known.read_text() != settings:
+                raise NunchakuError(f"{self.folder}: holds the unfinished work of another quantization "
+                                    f"(other recipe, options or model); delete it or name another folder")
+            known.write_text(settings)
+        except OSError as error:
+            raise NunchakuError(f"{self.folder}: cannot be written: {error}") from error
+
+    def has(self, block: str) -> bool:
+        return self._path(block).exists()
+
+    def read(self, block: str, originals: Mapping[str, nn.Module], dtype: torch.dtype) -> Finished | None:
+        """The modules and rows of a finished block, or None. A block of other weights is refused."""
+        path = self._path(block)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError):
+            path.unlink(missing_ok=True)  # cut short by a crash: the block is done again
+            return None
+        if meta["weights"] != checksum(originals):
+            raise NunchakuError(f"{path}: was made from other weights than {block} has now; delete {self.folder}")
+        entries = {name: entry_from_json(entry) for name, entry in json.loads(meta["sites"]).items()}
+        modules = {name: _restore(name, originals[name], entries[name], tensors, dtype) for name in entries}
+        rows = [SiteRow(**{**row, "k_range": tuple(row["k_range"]) if row["k_range"] else None})
+                for row in json.loads(meta["rows"])]
+        return modules, rows
+
+    def write(self, block: str, originals: Mapping[str, nn.Module], finished: Finished) -> None:
+        modules, rows = finished
+        path = self._path(block)
+        partial = path.with_suffix(".partial")
+        tensors = {f"{name}.{key}": tensor.contiguous().cpu()
+                   for name, module in modules.items() for key, tensor in module.state_dict().items()}
+        meta = {"weights": checksum(originals), "rows": json.dumps([asdict(row) for row in rows]),
+                "sites": json.dumps({name: entry_to_json(entry_of(module)) for name, module in modules.items()})}
+        try:
+            save_file(tensors, partial, metadata=meta)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise NunchakuError(f"{path}: cannot be written: {error}") from error
+
+    def delete(self) -> None:
+        for file in [*self.folder.glob("*.safetensors"), self.folder / _SETTINGS]:
+            file.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _path(self, block: str) -> Path:
+        digest = hashlib.sha256(block.encode()).hexdigest()[:8]
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', block)}-{digest}.safetensors"
+
+
+def _restore(name: str, old: nn.Module, entry: Entry, tensors: Mapping[str, torch.Tensor],
+             dtype: torch.dtype) -> Quantized:
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    module = empty_module(name, old, entry, "bias" in own, dtype)
+    fill_module(module, own, name)
+    for site in quantized_sites(module):
+        site.compute_dtype = old.weight.dtype
+    return module
+
+
+def checksum(modules: Mapping[str, nn.Module]) -> str:
+    """Of the 16-bit weights and biases of `modules`, in order."""
+    crc = 0
+    for name, module in modules.items():
+        crc = zlib.crc32(name.encode(), crc)
+        for parameter in module.parameters():
+            crc = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"

@@ -1,0 +1,134 @@
+"""What a file says of one quantized linear, and what follows from it: tensor shapes, activation formats, modes.
+
+    y = Q((x+S)/smooth) · Q(R)ᵀ + (x·downᵀ)·upᵀ + bias        (S = 0 unless the site is shifted)
+"""
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from .errors import NunchakuError
+from .formats import Format, format_of, group_count
+from .ops.spec import ActSpec, LinearSpec
+from .tensor import QTensor
+
+Kind = Literal["w4a4", "w4a16"]
+Mode = Literal["a4", "a8", "a16"]
+MODES: tuple[Mode, ...] = ("a4", "a8", "a16")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The static description of one quantized linear, as `config.json` holds it."""
+
+    kind: Kind
+    format: str
+    group: int
+    rank: int = 0
+    shift: float = 0.0
+    unsigned_act: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("w4a4", "w4a16"):
+            raise NunchakuError(f"site: kind is 'w4a4' or 'w4a16', not {self.kind!r}")
+        if self.format not in ("int4", "uint4", "nvfp4"):
+            raise NunchakuError(f"site: format is 'int4', 'uint4' or 'nvfp4', not {self.format!r}")
+        if self.group < 1 or self.rank < 0:
+            raise NunchakuError(f"site: group must be positive and rank at least 0, got {self.group} and {self.rank}")
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Site:
+        unknown = set(data) - {field.name for field in fields(Site)}
+        if unknown:
+            raise NunchakuError(f"site: unknown fields {sorted(unknown)}")
+        missing = {"kind", "format", "group"} - set(data)
+        if missing:
+            raise NunchakuError(f"site: missing fields {sorted(missing)}")
+        return Site(**data)
+
+    def to_json(self) -> dict[str, Any]:
+        """Only what differs from the defaults, so that files stay readable."""
+        defaults = {"shift": 0.0, "unsigned_act": False}
+        return {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
+
+    @property
+    def weight_format(self) -> Format:
+        return format_of(self.format, self.group)
+
+    @property
+    def has_smooth(self) -> bool:
+        return self.kind == "w4a4"
+
+    def tensors(self, n: int, k: int, bias: bool, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name → (shape, dtype) of every tensor that the site holds on disk."""
+        groups = group_count(k, self.group)
+        scale_dtype = torch.float8_e4m3fn if self.format == "nvfp4" else dtype
+        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((n, (k + 1) // 2), torch.uint8), "scales": ((n, groups), scale_dtype)}
+        if self.format == "uint4":
+            out["zeros"] = ((n, groups), dtype)
+        if self.format == "nvfp4":
+            out["channel_scale"] = ((n,), torch.float32)
+        if self.has_smooth:
+            out["smooth"] = ((k,), dtype)
+        if self.rank:
+            out["down"], out["up"] = ((self.rank, k), dtype), ((n, self.rank), dtype)
+        if bias:
+            out["bias"] = ((n,), dtype)
+        return out
+
+    def act_spec(self, mode: Mode) -> ActSpec:
+        """How this site's input is quantized in a mode. Only a4 shifts: see FORMATS on shifted sites."""
+        if self.kind == "w4a16" or mode == "a16":
+            return ActSpec("none", self.group)
+        if mode == "a8":
+            return ActSpec("int8", 0)
+        if self.format == "nvfp4":
+            return ActSpec("nvfp4", self.group)
+        return ActSpec("uint4" if self.unsigned_act else "int4", self.group, self.shift)
+
+    def linear_spec(self, mode: Mode, k: int) -> LinearSpec:
+        folded = self.kind == "w4a4" and mode == "a8"
+        return LinearSpec("int8" if folded else self.format, 0 if folded else self.group, k, self.act_spec(mode))
+
+
+@dataclass
+class SiteTensors:
+    """The canonical tensors of one site, as they are written to disk."""
+
+    weight: QTensor
+    smooth: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        found = {"codes": self.weight.codes, "scales": self.weight.scales, "zeros": self.weight.zeros,
+                 "channel_scale": self.weight.channel_scale, "smooth": self.smooth,
+                 "down": self.down, "up": self.up, "bias": self.bias}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def auto_mode(site: Site, device: torch.device) -> Mode:
+    """The activation mode a device runs fastest: 4-bit multiplications only where the hardware has them."""
+    if site.kind == "w4a16":
+        return "a16"
+    if device.type != "cuda":
+        return "a8"
+    native = _native_int4 if site.format == "int4" else _native_nvfp4
+    return "a4" if native(torch.cuda.get_device_capability(device)) else "a8"
+
+
+def _native_int4(capability: tuple[int, int]) -> bool:
+    return capability in ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9))  # later GPUs emulate s4 mma, slower than s8
+
+
+def _native_nvfp4(capability: tuple[int, int]) -> bool:
+    return capability in ((12, 0), (12, 1))
+
+
+def shift_correction(weight: QTensor, smooth: torch.Tensor, shift: float) -> torch.Tensor:
+    """S·Σ_k deq(R)[n,k]/smooth[k], (N) fp32: what a shifted site's bias lacks; modes that do not shift add it back."""
+    return shift * (weight.dequantize() @ (1.0 / smooth.float()))

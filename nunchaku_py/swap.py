@@ -1,0 +1,116 @@
+"""Replacing modules in a model, and finding those that were replaced. Modules are swapped, the model stays itself."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from .errors import NunchakuError
+from .linear import QuantConv1x1, QuantizedSite, QuantLinear, SplitLinear
+from .site import Site
+
+Part = tuple[tuple[int, int], Site]  # (k_range, site)
+Entry = Site | tuple[Part, ...]  # what a file says of one module: a site, or its K-parts
+Quantized = QuantLinear | QuantConv1x1 | SplitLinear
+
+
+def module_shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of a linear or 1×1 convolution."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.out_channels, module.in_channels
+
+
+def empty_module(name: str, old: nn.Module, entry: Entry, bias: bool, dtype: torch.dtype) -> Quantized:
+    """The quantized module for `entry` with the shape of `old`, its tensors on the meta device."""
+    n, k = module_shape(old)
+    if isinstance(entry, Site):
+        build = QuantLinear if isinstance(old, nn.Linear) else QuantConv1x1
+        return build(entry, k, n, bias, dtype)
+    if not isinstance(old, nn.Linear):
+        raise NunchakuError(f"{name}: only linears have K-parts, this is {type(old).__name__}")
+    module = SplitLinear([site for _, site in entry], [k_range for k_range, _ in entry], n, bias, dtype)
+    if module.in_features != k:
+        raise NunchakuError(f"{name}: k_range of the parts ends at {module.in_features}, the linear has {k} inputs")
+    return module
+
+
+def fill_module(module: Quantized, tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    """Put stored tensors (by their name inside the module) into an empty quantized module, and pack it."""
+    expected = set(module.state_dict())
+    if expected != set(tensors):
+        raise NunchakuError(f"{label}: expected tensors {sorted(expected)}, got {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path).set_tensor(leaf, tensor, f"{label}.{name}")
+    for site in module.modules():
+        if isinstance(site, QuantizedSite):
+            site.pack()
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put `module` where `name` is; returns what stood there."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = parent._modules[leaf]
+    module.train(old.training)
+    parent._modules[leaf] = module
+    return old
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replace many; returns the old ones by name, so that the caller can undo it."""
+    return {name: replace_module(model, name, module) for name, module in modules.items()}
+
+
+def quantized_modules(model: nn.Module) -> dict[str, Quantized]:
+    """Name → quantized module; the parts of a split linear are inside it, not beside it."""
+    found = {name: module for name, module in model.named_modules() if getattr(module, "is_nunchaku_quantized", False)}
+    inner = {f"{name}.parts.{i}" for name, module in found.items() if isinstance(module, SplitLinear)
+             for i in range(len(module.parts))}
+    return {name: module for name, module in found.items() if name not in inner}
+
+
+def quantized_sites(model: nn.Module) -> Iterator[QuantizedSite]:
+    """Every module that holds codes, parts included."""
+    return (module for module in model.modules() if isinstance(module, QuantizedSite))
+
+
+def entry_of(module: Quantized) -> Entry:
+    if isinstance(module, SplitLinear):
+        return tuple(zip(module.ranges, (part.site for part in module.parts), strict=True))
+    return module.site
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Change the activation mode of every quantized site in place: 'auto', 'a4', 'a8' or 'a16'."""
+    sites = list(quantized_sites(denoiser_of(model)))
+    if not sites:
+        raise NunchakuError(f"{type(model).__name__} holds no quantized linears")
+    for site in sites:
+        site.set_mode(mode)
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """A copy of the model with 16-bit linears of the same weights."""
+    import copy
+
+    from .diffusers_hook import detach
+
+    out = copy.deepcopy(denoiser_of(model))
+    for name, module in quantized_modules(out).items():
+        replace_module(out, name, module.dense())
+    detach(out)
+    return out
+
+
+def denoiser_of(target: object) -> nn.Module:
+    """The model itself, or the denoiser of a pipeline."""
+    if isinstance(target, nn.Module):
+        return target
+    for name in ("transformer", "unet"):
+        model = getattr(target, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    raise NunchakuError(f"{type(target).__name__} is neither a model nor a pipeline with a transformer or unet")
