@@ -88,11 +88,12 @@ def say(sentence: str) -> None:
 
 
 def run(command: list[str]) -> str:
-    """The command's output, stderr included; a CudaBuildError with the end of it if the command fails."""
+    """The command's output, stderr included; if it fails a CudaBuildError with its errors, or else with its end."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
-        end = " | ".join(done.stdout.strip().splitlines()[-4:])
-        raise CudaBuildError(f"`{' '.join(command)}` failed: {end}")
+        lines = done.stdout.strip().splitlines()
+        errors = [line for line in lines if re.search(r"\berror\b", line, re.I)] or lines[-4:]
+        raise CudaBuildError(f"`{' '.join(command)}` failed: {' | '.join(errors[:4])}")
     return done.stdout
 
 

@@ -1,0 +1,194 @@
+"""The package installed three ways, kernels/ in each beside Hugging Face's package `kernels`; and the CUDA build."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_native*.so", "_native*.pyd")
+
+
+def load_setup():
+    """setup.py as a module (it calls setup() only when run)."""
+    spec = importlib.util.spec_from_file_location("nunchaku_py_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+builder = load_setup()
+needs_nvcc = pytest.mark.skipif(builder.find_nvcc() is None, reason="no nvcc on this machine")
+
+
+# ---- kernels/ three ways ---------------------------------------------------------------------------------------------
+
+
+def python(environment: Path, code: str, folder: Path) -> list[str]:
+    """The lines that `python -c code` prints, run in that environment and folder."""
+    done = subprocess.run([environment / "bin/python", "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def pip(environment: Path, *arguments: str, **variables: str) -> str:
+    """pip without network, run in that environment; its output."""
+    command = [environment / "bin/python", "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """An empty virtual environment that sees this one's packages, but not its editable install of ours."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    # A folder named in a .pth file joins sys.path, its own .pth files (the editable installs) do not run.
+    (packages / "parent.pth").write_text(sysconfig.get_path("purelib"))
+    return tmp_path / "venv"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree with one more kernel file, so that the test needs no particular kernel."""
+    copy = tmp_path_factory.mktemp("copy") / "source"
+    shutil.copytree(ROOT, copy, ignore=NOT_SOURCE)
+    (copy / "kernels/probe.py").write_text("HERE = __file__\n")
+    return copy
+
+
+PROBE = """
+import importlib.util, sys
+import nunchaku_py, nunchaku_py.kernels.probe
+print(nunchaku_py.kernels.probe.HERE)
+print(importlib.util.find_spec("kernels").origin)
+from kernels import get_kernel
+"""
+INSTALL = ("install", "--no-index", "--no-deps", "--no-build-isolation", "--verbose")
+
+
+def hugging_face_kernels() -> str:
+    return str(Path(sysconfig.get_path("purelib")) / "kernels/__init__.py")
+
+
+def test_kernels_in_source_tree(environment: Path, source: Path) -> None:
+    # The current folder comes first in sys.path here, and still the installed package is found: a folder without
+    # __init__.py is taken as a package only if no real one of that name exists anywhere on the path.
+    assert python(environment, PROBE, source) == [str(source / "kernels/probe.py"), hugging_face_kernels()]
+
+
+def test_kernels_in_editable_install_without_a_compiler(environment: Path, source: Path, tmp_path: Path) -> None:
+    said = pip(environment, *INSTALL, "--editable", str(source), CC="false", CXX="false", NUNCHAKU_PY_CUDA="0")
+    assert "nunchaku-py: the native module could not be compiled" in said
+    assert python(environment, PROBE, tmp_path) == [str(source / "kernels/probe.py"), hugging_face_kernels()]
+    status = python(environment, "from nunchaku_py import native; print(native.status())", tmp_path)
+    assert status == [
+        "native module: absent, it was not built at installation, and `pip install -v` says why; "
+        "plain PyTorch and Triton serve instead"
+    ]
+
+
+def test_kernels_in_wheel(environment: Path, source: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    said = pip(environment, "wheel", *INSTALL[1:], "-w", str(wheels), str(source), NUNCHAKU_PY_CUDA="0")
+    assert "nunchaku-py: CUDA part not built: switched off by NUNCHAKU_PY_CUDA=0; CPU part only" in said
+    (wheel,) = wheels.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"nunchaku_py"}
+    assert "nunchaku_py/kernels/probe.py" in names and "nunchaku_py/kernels/__init__.py" not in names
+
+    pip(environment, *INSTALL[:3], str(wheel))
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    found = python(environment, PROBE, tmp_path)
+    assert found == [str(packages / "nunchaku_py/kernels/probe.py"), hugging_face_kernels()]
+    status = python(environment, "from nunchaku_py import native; print(native.status())", tmp_path)
+    assert status[0].startswith("native module: CPU part built by ")
+    assert status[0].endswith("; CUDA part not built: switched off by NUNCHAKU_PY_CUDA=0")
+
+
+def test_import_is_silent() -> None:
+    done = subprocess.run([sys.executable, "-c", "import nunchaku_py"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- the CUDA build --------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+def test_cuda_sources_compile_for_every_target(tmp_path: Path) -> None:
+    objects = builder.compile_cuda(builder.find_nvcc(), builder.CUDA_TARGETS, tmp_path)
+    assert len(objects) == len(builder.CUDA_SOURCES)
+    # A second build with the same sources and flags compiles nothing again.
+    times = [item.stat().st_mtime_ns for item in objects]
+    again = builder.compile_cuda(builder.find_nvcc(), builder.CUDA_TARGETS, tmp_path)
+    assert (again, [item.stat().st_mtime_ns for item in again]) == (objects, times)
+
+
+@needs_nvcc
+def test_broken_cuda_source_is_an_error_with_the_compilers_words(tmp_path: Path) -> None:
+    (tmp_path / "broken.cu").write_text("int f() { return misspelt; }\n")
+    command = builder.nvcc_command(builder.find_nvcc(), tmp_path / "broken.cu", tmp_path / "broken.o", ("80",))
+    with pytest.raises(builder.CudaBuildError, match=r'failed: .*"misspelt" is undefined'):
+        builder.run(command)
+
+
+@needs_nvcc
+def test_targets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = builder.find_nvcc()
+    assert builder.cuda_targets(nvcc) == builder.CUDA_TARGETS
+    monkeypatch.setenv("NUNCHAKU_PY_CUDA_TARGETS", "80; 90a")
+    assert builder.cuda_targets(nvcc) == ("80", "90a")
+    monkeypatch.setenv("NUNCHAKU_PY_CUDA_TARGETS", "80;35")
+    with pytest.raises(builder.CudaBuildError, match="cannot compile for 35"):
+        builder.cuda_targets(nvcc)
+
+
+@pytest.mark.parametrize(
+    ("switch", "nvcc", "driver", "fetched"),
+    [
+        ("auto", None, False, False),
+        ("auto", None, True, True),
+        ("auto", "nvcc", True, False),
+        ("1", None, False, True),
+        ("1", "nvcc", False, False),
+        ("0", None, True, False),
+    ],
+)
+def test_nvcc_is_a_requirement_only_where_wanted_and_missing(
+    monkeypatch: pytest.MonkeyPatch, switch: str, nvcc: str | None, driver: bool, fetched: bool
+) -> None:
+    monkeypatch.setenv("NUNCHAKU_PY_CUDA", switch)
+    monkeypatch.setattr(builder, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(builder, "has_nvidia_driver", lambda: driver)
+    assert builder.cuda_requirements() == (list(builder.CUDA_PACKAGES) if fetched else [])
+
+
+def test_without_nvcc_the_reason_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(builder, "find_nvcc", lambda: None)
+    monkeypatch.delenv("NUNCHAKU_PY_CUDA", raising=False)
+    with pytest.raises(builder.CudaBuildError, match="no nvcc was found"):
+        builder.build_cuda(None, tmp_path)
+
+
+def test_unknown_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUNCHAKU_PY_CUDA", "yes")
+    with pytest.raises(SystemExit, match="NUNCHAKU_PY_CUDA: expected auto, 0 or 1, got 'yes'"):
+        builder.cuda_switch()
+
+
+@pytest.mark.slow
+def test_nvcc_from_pypi_builds_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip(Path(sys.prefix), "install", "--no-deps", "--target", str(tmp_path / "packages"), *builder.CUDA_PACKAGES)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "packages/nvidia/cu13"))
+    nvcc = builder.find_nvcc()
+    assert nvcc.startswith(str(tmp_path))
+    assert builder.compile_cuda(nvcc, builder.cuda_targets(nvcc), tmp_path / "objects")
+    assert builder.cudart_static_folder(nvcc).is_relative_to(tmp_path)
