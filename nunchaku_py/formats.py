@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -64,6 +65,7 @@ INT8 = Format("int8", 0)
 FORMATS = {f.name: f for f in (INT4, UINT4, NVFP4, INT8)}
 
 
+@cache
 def format_of(name: str, group: int | None = None) -> Format:
     """The format called `name`, with its usual group unless another is given."""
     if group is None and name in FORMATS:

@@ -112,7 +112,7 @@ def _rows(w: Tensor, rows: slice) -> Tensor:
 
 
 def _fit(x: Tensor, fmt: Format, scale_dtype: torch.dtype, search: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """x as its codes see it (zeros and channel scales taken off, in place), and the stored scales, zeros, channel scales."""
+    """x as its codes see it (zeros, channel scales taken off, in place), and what is stored: scales, zeros, …"""
     params: dict[str, Tensor] = {}
     if fmt.name == "uint4":
         params["zeros"] = _group_min(x, fmt.group).to(scale_dtype)

@@ -92,7 +92,7 @@ def _qkv_rope(y: Tensor, dtype: torch.dtype, q_norm: Tensor, k_norm: Tensor, rot
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, spec: LinearSpec) -> Tensor:
-    """RMSNorm of each head of x (M,H·D), then pairs (2i, 2i+1) turned by the angle whose (cos, sin) is rotary[m % T, i]."""
+    """RMSNorm of each head of x (M,H·D), then pairs (2i, 2i+1) of row m turned by rotary[m % T, i] = (cos, sin)."""
     m, (tokens, half, _) = x.shape[0], rotary.shape
     heads = rms_norm(x.reshape(m, -1, spec.head_dim), spec.eps) * weight
     even, odd = heads.view(m // tokens, tokens, -1, half, 2).unbind(-1)
@@ -143,11 +143,11 @@ EPILOGUES = (
              "z = activation(y) in the dtype of up; "
              "quantize_act(z, next_inv_smooth (N), next_down (R',N), spec.next)."),
     Epilogue("_glu_quantize", _NEXT, 3, _glu_quantize, _fake_glu_quantize, _check_glu,
-             "z = value·activation(gate) in the dtype of up, y = cat(value, gate), or cat(gate, value) if spec.gate_first; "
-             "quantize_act(z, next_inv_smooth (N/2), next_down (R',N/2), spec.next)."),
+             "z = value·activation(gate) in the dtype of up, with y = cat(value, gate), or cat(gate, value) if "
+             "spec.gate_first; quantize_act(z, next_inv_smooth (N/2), next_down (R',N/2), spec.next)."),
     Epilogue("_qkv_rope", ("q_norm", "k_norm", "rotary"), 3, _qkv_rope, _fake_qkv_rope, _check_qkv_rope,
-             "q, k, v (M,N/3) of y = cat(q, k, v): RMSNorm per head (q_norm, k_norm (D), spec.eps), then row m of q and k "
-             "rotated in pairs (2i, 2i+1) by rotary[m % T] (T,D/2,2) fp32 = (cos, sin)."),
+             "q, k, v (M,N/3) of y = cat(q, k, v): RMSNorm per head (q_norm, k_norm (D), spec.eps), then row m of q "
+             "and k rotated in pairs (2i, 2i+1) by rotary[m % T] (T,D/2,2) fp32 = (cos, sin)."),
     Epilogue("_gate_residual", ("gate", "residual"), 1, _gate_residual, _fake_gate_residual, _check_gate_residual,
              "residual (M,N) + gate·y, gate (B,N): rows b·M/B … belong to sample b."),
 )

@@ -14,7 +14,7 @@ def _accumulate(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, aux: Tensor, spe
     """acc[m,n] = Σ_g sx[m,g]·sw[n,g]·(Σ_{k in g} qx[m,k]·qw[n,k]) in fp32, ·channel_scale[n]; y as in
     linear.py.
 
-    The reference multiplies the dequantized matrices in fp32, which is this sum but for the order of its fp32 roundings.
+    The reference multiplies the dequantized matrices in fp32: the same sum but for the order of its fp32 roundings.
     """
     x = decode(*unpack(qx, sx, spec.k, spec.act.fmt), spec.act.fmt)
     return multiply_decoded(x, qw, sw, aux, spec, torch.float32)

@@ -1,6 +1,8 @@
 """linear_w4a8: 4-bit weights, as int8 with one scale per output channel, times int8 activations."""
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,16 @@ def _fold(qw: Tensor, sw: Tensor, aux: Tensor, spec: LinearSpec) -> tuple[Tensor
     return fold_int8(*unpack(qw, sw, spec.k, spec.fmt), spec.fmt, *zeros_and_channel_scale(aux, spec))
 
 
+@cache
+def _int8_instructions() -> bool:
+    """Whether int8 products are summed in 32 bits: without VNNI, oneDNN may sum pairs in 16 bits, which saturate."""
+    return torch.cpu._is_vnni_supported()
+
+
 def int8_matmul(x: Tensor, w: Tensor) -> Tensor:
     """x (M,K) int8 · wᵀ, w (N,K) int8, exactly: int32 (M,N)."""
-    if x.device.type == "cpu" and x.numel() and w.numel():
-        return torch._int_mm(x.contiguous(), w.contiguous().T)
+    if x.device.type == "cpu" and x.numel() and w.numel() and x.shape[1] > 1 and _int8_instructions():
+        return torch._int_mm(x.contiguous(), w.contiguous().T)  # which is wrong for K = 1
     y = torch.zeros(x.shape[0], w.shape[0], dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[1], EXACT):
         part = slice(start, start + EXACT)

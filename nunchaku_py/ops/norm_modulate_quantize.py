@@ -17,8 +17,8 @@ def norm_modulate_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantize_act of norm(x)·norm_weight·(1 + scale) + shift.
 
-    x (M,K), norm_weight (K), scale and shift (B,K): rows b·M/B … belong to sample b. norm is LayerNorm or RMSNorm over K
-    with spec.eps, by spec.norm. All in fp32; the modulated value is rounded once to x's dtype, and both x̂ and h are
+    x (M,K), norm_weight (K), scale and shift (B,K): rows b·M/B … belong to sample b. norm is LayerNorm or RMSNorm over
+    K with spec.eps, by spec.norm. All in fp32; the modulated value is rounded once to x's dtype, and both x̂ and h are
     computed from that.
     """
     m, k = x.shape

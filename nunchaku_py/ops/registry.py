@@ -84,7 +84,7 @@ class Op:
     def backend(
         self, name: str, refuses: Refusal = _takes_anything, layouts: tuple[str, ...] = ("row",)
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator: register a function as this op's backend `name`; `layouts`: the memory layouts it reads and writes."""
+        """Decorator: register a function as this op's backend `name`; `layouts`: the memory layouts it takes."""
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             theirs, ours = list(inspect.signature(run).parameters), [p.name for p in self.parameters]
             if theirs != ours:
