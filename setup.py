@@ -7,6 +7,7 @@ NUNCHAKU_PY_CUDA          auto  (default) with an nvcc of this machine; without 
                           1     the CUDA part, with nvcc from PyPI if need be, or an error
 NUNCHAKU_PY_CUDA_TARGETS  compute capabilities to build for, "80;89" (default: all of CUDA_TARGETS)
 CUDA_HOME                 the CUDA toolkit to use, before the one in PATH
+MAX_JOBS                  how many compilers run at once (default: one per CPU)
 
 What was built, or why not, is printed (pip shows it with -v) and kept in the module: `python -m nunchaku_py.native`.
 """
