@@ -1,25 +1,24 @@
 """Our quantizer as diffusers knows one: from_pretrained reads our files or quantizes while loading.
 
-diffusers has no registration call; `registration` enters these two classes into its tables.
+diffusers has no registration call: this module enters its two classes into the tables itself.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from .checkpoint.manifest import manifest_of
+from .checkpoint.manifest import QUANT_METHOD, manifest_of
 from .checkpoint.validate import check_keys, check_loaded, split_parameter
 from .configuration import ConfigFields
 from .errors import NunchakuError
 from .linear import QuantizedSite, SplitLinear
 
 
-@dataclass(repr=False)
 class SVDQuantConfig(ConfigFields, QuantizationConfigMixin):
     """`FluxTransformer2DModel.from_pretrained(folder, quantization_config=SVDQuantConfig(...))`, data-free."""
 
@@ -110,3 +109,7 @@ def detach(model: nn.Module) -> None:
     if hasattr(model, "register_to_config"):
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model._internal_dict)(config)
+
+
+auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SVDQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SVDQuantConfig

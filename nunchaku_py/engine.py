@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .errors import NunchakuError
 from .formats import format_of
 from .linear import SplitLinear
+from .methods.error import run
 from .methods.export import export
 from .methods.work import Context, Stats, Work
 from .models.plan import Plan, Unit
@@ -85,8 +86,7 @@ class Engine:
         rows: list[SiteRow] = []
         for unit in job.units:
             work = self._work(unit, modules, stats.get(unit))
-            for step in self.recipe.steps_data_free if work.stats.white else self.recipe.steps:
-                step(work, self.context)
+            run(self.recipe.steps_data_free if work.stats.synthetic else self.recipe.steps, work, self.context)
             for name, tensors in zip(unit.names, export(work, self.context), strict=True):
                 parts[name].append((unit, tensors, work.site))
                 rows.append(_row(name, unit, work, tensors, modules[name]))
@@ -146,6 +146,6 @@ def _row(name: str, unit: Unit, work: Work, tensors: SiteTensors, old: nn.Module
     before = n * k * old.weight.element_size()
     after = sum(tensor.numel() * tensor.element_size() for tensor in tensors.named().values())
     return SiteRow(name, work.site.kind, work.site.format, work.site.rank, n, k, unit.k_range, before, after,
-                   "data-free" if work.stats.white else "calibrated", dict(work.errors))
+                   "data-free" if work.stats.synthetic else "calibrated", dict(work.errors))
 
 

@@ -33,6 +33,7 @@ class QuantizedSite(nn.Module):
     """What linears and 1×1 convolutions share: tensors, packing, and rows → rows."""
 
     is_nunchaku_quantized = True
+    _is_hf_initialized = True
 
     def _declare(self, site: Site, n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
         self.site, self.rows_out, self.rows_in, self.compute_dtype = site, n, k, dtype
@@ -44,7 +45,7 @@ class QuantizedSite(nn.Module):
         if not bias:
             self.register_parameter("bias", None)
         for name in ("inv_smooth", "folded_codes", "folded_scales", "mode_bias"):
-            self.register_buffer(name, None, persistent=False)
+            self._derive(name, None)
 
     # ------------------------------------------------------------------------------------------------- tensors
     def tensor_dtypes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -99,10 +100,20 @@ class QuantizedSite(nn.Module):
         wanted = auto_mode(self.site, self.codes.device) if self.requested_mode == "auto" else self.requested_mode
         self.mode = "a16" if self.site.kind == "w4a16" else wanted
         self.linear_spec = self.site.linear_spec(self.mode, self.rows_in)
-        self.inv_smooth = 1.0 / self.smooth.data.float() if self.site.has_smooth else None
         folded = self.qtensor().fold_int8() if self.linear_spec.weight == "int8" else (None, None)
-        self.folded_codes, self.folded_scales = folded
-        self.mode_bias = self._bias_of_mode()
+        self._derive("inv_smooth", 1.0 / self.smooth.data.float() if self.site.has_smooth else None)
+        self._derive("folded_codes", folded[0])
+        self._derive("folded_scales", folded[1])
+        self._derive("mode_bias", self._bias_of_mode())
+
+    def _derive(self, name: str, value: Tensor | None) -> None:
+        """A non-persistent buffer where there is a tensor, else a plain None: offload hooks trip over empty buffers."""
+        self._buffers.pop(name, None)
+        self.__dict__.pop(name, None)
+        if value is None:
+            self.__dict__[name] = None
+        else:
+            self.register_buffer(name, value, persistent=False)
 
     def _bias_of_mode(self) -> Tensor | None:
         """None where the stored bias serves as it is. A mode that does not shift takes the correction back."""
@@ -184,8 +195,9 @@ class QuantizedSite(nn.Module):
 
     def _shim(self, *shape: int) -> Tensor:
         """A weight by shape, dtype and device only. NaN, so that code which multiplies by it is noticed."""
-        nan = torch.full((1,), float("nan"), dtype=self.compute_dtype, device=self.codes.device)
-        return nan.expand(*shape)
+        nan = torch.full((1,), float("nan"), dtype=self.compute_dtype, device=self.codes.device).expand(*shape)
+        nan._is_hf_initialized = True  # transformers would draw random weights into it when a tied tensor is missing
+        return nan
 
     def effective_weight(self) -> Tensor:
         """(N,K) fp32: the 16-bit weight this site stands for."""
@@ -267,6 +279,7 @@ class SplitLinear(nn.Linear):
     """y = Σ_i part_i(x[…, k0_i:k1_i]) + bias: a linear whose input concatenates parts of different nature."""
 
     is_nunchaku_quantized = True
+    _is_hf_initialized = True
 
     def __init__(self, sites: Sequence[Site], ranges: Sequence[tuple[int, int]], out_features: int, bias: bool,
                  dtype: torch.dtype) -> None:

@@ -1,6 +1,7 @@
 """Tell diffusers and transformers of our quantizer once they are imported, so that importing us stays cheap."""
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -49,19 +50,9 @@ def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
 
 
 def register() -> None:
-    after_import("diffusers.quantizers.auto", _register_diffusers)
-    after_import("transformers.quantizers.auto", _register_transformers)
+    """The hook modules enter themselves into the libraries' tables; here they are only imported in time.
 
-
-def _register_diffusers(auto: ModuleType) -> None:
-    from .diffusers_hook import SVDQuantConfig, SVDQuantizer
-
-    auto.AUTO_QUANTIZER_MAPPING["nunchaku_py"] = SVDQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["nunchaku_py"] = SVDQuantConfig
-
-
-def _register_transformers(auto: ModuleType) -> None:
-    from .transformers_hook import TextSVDQuantConfig, TextSVDQuantizer
-
-    auto.AUTO_QUANTIZER_MAPPING["nunchaku_py"] = TextSVDQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["nunchaku_py"] = TextSVDQuantConfig
+    A hook that is imported first imports its library itself and comes by here half-made: importing it again is no harm.
+    """
+    after_import("diffusers.quantizers.auto", lambda _: importlib.import_module("nunchaku_py.diffusers_hook"))
+    after_import("transformers.quantizers.auto", lambda _: importlib.import_module("nunchaku_py.transformers_hook"))

@@ -1,19 +1,19 @@
 """Our quantizer as transformers knows one: text encoders of a pipeline save and reload like its denoiser."""
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint.manifest import manifest_of
+from .checkpoint.manifest import QUANT_METHOD, manifest_of
 from .checkpoint.validate import check_loaded
 from .configuration import ConfigFields
 
 
-@dataclass(repr=False)
+@register_quantization_config(QUANT_METHOD)
 class TextSVDQuantConfig(ConfigFields, QuantizationConfigMixin):
     """`T5EncoderModel.from_pretrained(folder, quantization_config=TextSVDQuantConfig("w4a16-int4"))`, data-free."""
 
@@ -21,6 +21,7 @@ class TextSVDQuantConfig(ConfigFields, QuantizationConfigMixin):
         return self.to_dict()
 
 
+@register_quantizer(QUANT_METHOD)
 class TextSVDQuantizer(HfQuantizer):
     """Installs empty quantized modules before loading; quantizes on the fly, if asked, once the model is there."""
 

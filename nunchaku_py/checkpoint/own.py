@@ -103,11 +103,14 @@ def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
         config = _config_of(file.metadata(), path)
         manifest = Manifest.from_json(config["quantization_config"], str(path))
         model = _empty_model(config, path)
-        keys = list(file.keys())
+        keys, shared = list(file.keys()), json.loads(file.metadata().get("shared", "{}"))
         manifest.install(model, keys, str(path))
-        check_keys(model, keys, str(path))
+        check_keys(model, [*keys, *shared], str(path))
         for key in keys:
             _put(model, key, file.get_tensor(key), dtype, str(path))
+    for second, first in shared.items():
+        parent, leaf = split_parameter(model, second)
+        parent._parameters[leaf] = model.get_parameter(first)
     check_loaded(model, str(path), mode)
     _attach_stored(model, config["quantization_config"])
     return model.eval()
@@ -172,8 +175,25 @@ def _write_folder(model: Any, path: Path) -> None:
 def _write_single(model: nn.Module, path: Path) -> None:
     config = json.loads(model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string())
     config.pop("_name_or_path", None)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
+    metadata = {"format": "pt", "config": json.dumps(config, sort_keys=True)}
+    tensors, shared = _without_shared(model.state_dict())
+    if shared:
+        metadata["shared"] = json.dumps(shared, sort_keys=True)
+    save_file(tensors, path, metadata=metadata)
+
+
+def _without_shared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Each tensor once, and second name → first name of tied ones (a text encoder's embeddings)."""
+    tensors: dict[str, torch.Tensor] = {}
+    shared: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else (name,)
+        if seen.setdefault(key, name) == name:
+            tensors[name] = tensor.contiguous()
+        else:
+            shared[name] = seen[key]
+    return tensors, shared
 
 
 def _write_then_rename(path: Path, write: Callable[[Path], None]) -> None:

@@ -15,6 +15,7 @@ from ..swap import quantized_modules, quantized_sites
 
 _MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
 _SHOWN = 3
+_ALIGNMENT = 64  # bytes; what torch allocates on a CPU
 
 
 def split_parameter(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
@@ -48,6 +49,18 @@ def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
             check_finite(module, f"{source}: {name}")
     for site in quantized_sites(model):
         site.set_mode(mode)
+    _align(model)
+
+
+def _align(model: nn.Module) -> None:
+    """Copy 16- and 32-bit tensors that lie unaligned in a memory-mapped file: CPU matrix products of the same numbers
+    differ in the last bit by alignment, and a loaded model must give the bits of the one that was saved."""
+    for module in model.modules():
+        if isinstance(module, QuantizedSite):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+                parameter.data = parameter.data.clone()
 
 
 def check_finite(site: QuantizedSite, label: str) -> None:
