@@ -126,7 +126,7 @@ def reads_two_inputs(name: str, attention: nn.Module) -> bool:
     if hasattr(attention, "is_cross_attention"):
         return bool(attention.is_cross_attention)
     leaf = name.rpartition(".")[2].lower()
-    return "cross" in leaf or leaf in ("attn2", "encdecattention", "encoder_attn")
+    return leaf.endswith("attn2") or any(part in leaf for part in ("cross", "_to_", "encdec", "encoder_attn"))
 
 
 def after_gelu(block: nn.Module, pattern: Pattern) -> set[str]:

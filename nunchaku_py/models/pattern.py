@@ -54,6 +54,8 @@ GENERIC = Pattern(
         Shared(("k", "v")),
         Shared(("query", "key", "value"), self_attention=True),
         Shared(("key", "value")),
+        Shared(("to_query", "to_key", "to_value"), self_attention=True),  # Kandinsky
+        Shared(("to_key", "to_value")),
         Shared(("wi_0", "wi_1"), beside="wo"),  # T5 v1.1
         Shared(("gate_proj", "up_proj"), beside="down_proj"),
         Shared(("w1", "w3"), beside="w2"),  # Z-Image, Lumina: w2(silu(w1 x) * w3 x)
