@@ -227,10 +227,10 @@ def fold_int8(
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 (rows, ceil(K/2)) of codes (rows, K): even k in the low nibble, an unused nibble is 0."""
-    k = codes.shape[1]
-    codes = torch.nn.functional.pad(codes, (0, k % 2)).contiguous()
-    pairs = codes.view(torch.int16)  # little-endian: even k is the low byte
-    return ((pairs & 0xF) | ((pairs >> 4) & 0xF0)).to(torch.uint8)
+    rows, k = codes.shape
+    even = torch.nn.functional.pad(codes, (0, k % 2)).contiguous().flatten()
+    pairs = even.view(torch.int16)  # little-endian: even k is the low byte
+    return ((pairs & 0xF) | ((pairs >> 4) & 0xF0)).to(torch.uint8).view(rows, -(-k // 2))
 
 
 def unpack_nibbles(packed: Tensor, k: int, signed: bool) -> Tensor:
@@ -238,6 +238,6 @@ def unpack_nibbles(packed: Tensor, k: int, signed: bool) -> Tensor:
     expected = (packed.shape[0], -(-k // 2))
     if packed.shape != expected:
         raise NunchakuError(f"codes: expected (rows, ceil({k}/2)) = {expected}, got {tuple(packed.shape)}")
-    wide = packed.to(torch.int16)
-    codes = ((wide | (wide << 4)) & 0x0F0F).view(torch.int8)[:, :k]
+    wide = packed.to(torch.int16, memory_format=torch.contiguous_format).flatten()
+    codes = ((wide | (wide << 4)) & 0x0F0F).view(torch.int8).view(packed.shape[0], 2 * packed.shape[1])[:, :k]
     return (codes ^ 8) - 8 if signed else codes.contiguous()

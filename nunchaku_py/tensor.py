@@ -11,7 +11,7 @@ from .errors import NunchakuError
 from .formats import INT8, Format, group_count, grouped, round_scale, row_chunks
 
 SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75)  # of absmax/7: clipping the largest weight a little serves the others
-E4M3_STEPS = (0, 1, 2, 3, 4, 5, -1, -2)  # neighbours of e4m3(absmax/6); absmax/4 is four or five steps up
+E4M3_STEPS = (0, 1, 2, 3, 4, 5, 6, -1)  # neighbours of e4m3(absmax/6); absmax/4 is four to six steps up
 E4M3_LARGEST = 0x7E
 ROW_TOP = 4 * 448.0  # a row's largest weight over its channel_scale: leaves e4m3 scales room for absmax/4
 
@@ -151,8 +151,7 @@ def _candidates(top: Tensor, fmt: Format, scale_dtype: torch.dtype):
         return
     code = round_scale(top, torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
     for step in E4M3_STEPS:  # e4m3 codes are ordered as the numbers they stand for
-        moved = (code + step).clamp_(1, E4M3_LARGEST).masked_fill_(code == 0, 0)
-        yield moved.to(torch.uint8).view(torch.float8_e4m3fn)
+        yield (code + step).clamp_(0, E4M3_LARGEST).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
 def _search(x: Tensor, top: Tensor, fmt: Format, scale_dtype: torch.dtype) -> Tensor:
