@@ -1,10 +1,10 @@
 """Runs calibration forwards side by side, block by block, through any model, whatever wires its blocks together.
 
 Each state's forward runs in a thread of its own (a lane) and is held at the entry of every block by a gate, which
-stands as the block's instance-level forward. Once all lanes have come to a block, they run it one after the other while the
-inputs of its sites are collected; then the caller quantizes the block; then the lanes go on, with the 16-bit output or,
-with feedback, with that of the quantized block. Only one thread runs at any time: the order of all work, and with it
-every bit, is fixed. In memory stand the live activations of the held forwards and one block's statistics.
+stands as the block's instance-level forward. Once all lanes have come to a block, they run it one after the other
+while the inputs of its sites are collected; then the caller quantizes the block; then the lanes go on, with the 16-bit
+output or, with feedback, with that of the quantized block. Only one thread runs at any time: the order of all work,
+and with it every bit, is fixed. In memory stand the live activations of the held forwards and one block's statistics.
 """
 
 import contextvars
@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,8 +60,7 @@ def replay(
         order = _order_of_first(model, states[0], residence)
         lanes = [_Lane(model, state, residence.device) for state in states]
         with _stopped_at_the_end(lanes):
-            schedule = _Schedule(lanes, gates, order, residence, taps_of, finish)
-            schedule.feedback, schedule.sample, schedule.progress = feedback, sample, progress
+            schedule = _Schedule(lanes, gates, order, residence, taps_of, finish, feedback, sample, progress)
             schedule.run()
         for i, lane in enumerate(lanes):
             if on_output is not None:
@@ -253,32 +253,28 @@ def _order_of_first(model: nn.Module, state: State, residence: Residence) -> lis
     return order
 
 
+@dataclass
 class _Schedule:
-    """Drives the lanes: of the blocks that lanes are held at, the earliest in the order of the first state comes next."""
+    """Drives the lanes: of the blocks that lanes are held at, the earliest in the first state's order comes next."""
 
-    feedback = False
-    sample = 512
-    progress: Progress | None = None
+    lanes: Sequence[_Lane]
+    gates: Mapping[str, _Gate]
+    order: Sequence[str]
+    residence: Residence
+    taps_of: TapsOf
+    finish: Finish
+    feedback: bool
+    sample: int
+    progress: Progress | None
+    collectors: dict[str, dict[Any, Collector]] = field(default_factory=dict)  # of blocks begun and not finished
+    finished: set[str] = field(default_factory=set)
 
-    def __init__(
-        self,
-        lanes: Sequence[_Lane],
-        gates: Mapping[str, _Gate],
-        order: Sequence[str],
-        residence: Residence,
-        taps_of: TapsOf,
-        finish: Finish,
-    ) -> None:
-        self.lanes, self.gates, self.residence = lanes, gates, residence
-        self.taps_of, self.finish = taps_of, finish
-        self.total = Counter(order)  # calls per forward
-        counted: Counter[str] = Counter()
-        self.places = {}
-        for place, name in enumerate(order):
-            counted[name] += 1
-            self.places[name, counted[name]] = place
-        self.collectors: dict[str, dict[Any, Collector]] = {}  # of the blocks begun and not finished
-        self.finished: set[str] = set()
+    def __post_init__(self) -> None:
+        self.total: Counter[str] = Counter()  # calls per forward
+        self.places: dict[tuple[str, int], int] = {}  # (block, which of its calls) -> place in the order
+        for place, name in enumerate(self.order):
+            self.total[name] += 1
+            self.places[name, self.total[name]] = place
 
     def run(self) -> None:
         for lane in self.lanes:
@@ -291,8 +287,8 @@ class _Schedule:
                 self.conclude(name)
 
     def place(self, lane: _Lane) -> tuple[int, str]:
-        """Calls that the first state's forward does not make come last."""
-        return self.places.get((lane.at, lane.calls[lane.at]), len(self.places)), lane.at
+        """Calls that the first state's forward does not make come first: what follows them waits for these lanes."""
+        return self.places.get((lane.at, lane.calls[lane.at]), -1), lane.at
 
     def visit(self, lanes: Sequence[_Lane]) -> None:
         name = lanes[0].at
