@@ -5,6 +5,7 @@ mode are non-persistent buffers (so state_dict() stays canonical).
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class QuantizedSite(nn.Module):
         self.site, self.rows_out, self.rows_in, self.compute_dtype = site, n, k, dtype
         self.requested_mode: str = "auto"
         self.mode: Mode | None = None
+        self.input_key: tuple[str, str] | None = None
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -105,6 +107,16 @@ class QuantizedSite(nn.Module):
         self._derive("folded_codes", folded[0])
         self._derive("folded_scales", folded[1])
         self._derive("mode_bias", self._bias_of_mode())
+        self.input_key = self._input_key()
+
+    def _input_key(self) -> tuple[str, str] | None:
+        """What the quantized input depends on: sites with equal keys share it. Modulation sites quantize nothing."""
+        if not self.site.has_smooth:
+            return None
+        digest = hashlib.sha256()
+        for tensor in (self.smooth.data, *([self.down.data] if self.site.rank else [])):
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return self.linear_spec.act.token, digest.hexdigest()
 
     def _derive(self, name: str, value: Tensor | None) -> None:
         """A non-persistent buffer where there is a tensor, else a plain None: offload hooks trip over empty buffers."""
@@ -139,6 +151,7 @@ class QuantizedSite(nn.Module):
     def quantize_input(self, rows: Tensor) -> QuantizedInput:
         """rows (M,K) → what `multiply` of this site, and of every site of its group, takes."""
         self._check_ready()
+        rows = rows.contiguous()  # the same bits however the input lay in memory
         down, _ = self.branch(rows.dtype)
         if not self.site.has_smooth:
             empty = torch.empty(0, dtype=torch.float32, device=rows.device)

@@ -25,7 +25,7 @@ from .replay import replay
 from .report import Report, SiteRow, merged
 from .resume import FinishedBlocks
 from .site import MODES
-from .swap import Quantized, quantized_sites, replace_modules
+from .swap import Quantized, prepare, quantized_sites, replace_modules
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 
@@ -186,6 +186,7 @@ class Run:
 
     def swap(self, mode: str) -> None:
         replace_modules(self.model, self.modules)
+        prepare(self.model)
         for site in quantized_sites(self.model):
             site.set_mode(mode)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .errors import NunchakuError
 from .linear import QuantConv1x1, QuantizedSite, QuantLinear, SplitLinear
+from .models.pattern import pattern_of
 from .site import Site
 
 Part = tuple[tuple[int, int], Site]  # (k_range, site)
@@ -90,6 +91,12 @@ def set_mode(model: nn.Module, mode: str) -> None:
         raise NunchakuError(f"{type(model).__name__} holds no quantized linears")
     for site in sites:
         site.set_mode(mode)
+
+
+def prepare(model: nn.Module) -> None:
+    """Give a model whose linears were replaced what else its architecture provides (shared inputs of attention)."""
+    for step in pattern_of(model).prepare:
+        step(model)
 
 
 def dequantize(model: nn.Module) -> nn.Module:

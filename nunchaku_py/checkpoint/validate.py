@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
-from ..swap import quantized_modules, quantized_sites
+from ..swap import prepare, quantized_modules, quantized_sites
 
 _MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
 _SHOWN = 3
@@ -49,6 +49,7 @@ def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
             check_finite(module, f"{source}: {name}")
     for site in quantized_sites(model):
         site.set_mode(mode)
+    prepare(model)
     _align(model)
 
 

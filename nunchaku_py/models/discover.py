@@ -49,11 +49,11 @@ def blocks_of(model: nn.Module, pattern: Pattern | None = None) -> dict[str, nn.
     """
     for names, listed in ((_declared(model, "_repeated_blocks"), False), (_declared(model, "_no_split_modules"), True)):
         found = _outermost(model, lambda name, module, n=names: type(module).__name__ in n)
-        found = {name: module for name, module in found.items() if not listed or _in_list(model, name)}
+        found = {name: module for name, module in found.items() if not listed or _is_item(model, name, module)}
         if found := _with_linears(found):
             break
     else:
-        found = _with_linears(_outermost(model, lambda name, module: _in_list(model, name)))
+        found = _with_linears(_outermost(model, lambda name, module: _is_item(model, name, module)))
     return _ordered(found, pattern.order if pattern else ())
 
 
@@ -62,9 +62,11 @@ def _declared(model: nn.Module, attribute: str) -> set[str]:
     return {name for module in model.modules() for name in (getattr(type(module), attribute, None) or ())}
 
 
-def _in_list(model: nn.Module, name: str) -> bool:
+def _is_item(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """An item of a ModuleList, not a list itself: something whose forward is called."""
     parent, _, _ = name.rpartition(".")
-    return bool(parent) and isinstance(model.get_submodule(parent), nn.ModuleList)
+    in_list = bool(parent) and isinstance(model.get_submodule(parent), nn.ModuleList)
+    return in_list and not isinstance(module, nn.ModuleList)
 
 
 def _outermost(model: nn.Module, wanted) -> dict[str, nn.Module]:

@@ -16,6 +16,20 @@ def split_proj_out(linear: nn.Module, block: nn.Module) -> Parts | None:
     return ((0, k - mlp, False), (k - mlp, k, True)) if k > mlp else None
 
 
+def share_attention_inputs(model: nn.Module) -> None:
+    """Attention with diffusers' plain processor quantizes its inputs once; any other processor (IP-Adapter) stays."""
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    from .flux_processor import SharedInputProcessor
+
+    for module in model.modules():
+        old = getattr(module, "processor", None)
+        if type(old) is FluxAttnProcessor:
+            new = SharedInputProcessor()
+            new._attention_backend, new._parallel_config = old._attention_backend, old._parallel_config
+            module.set_processor(new)
+
+
 FLUX = GENERIC.extend(
     classes=(
         "FluxTransformer2DModel",
@@ -32,4 +46,5 @@ FLUX = GENERIC.extend(
     ),
     groups=(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),),
     parts=(("proj_out", split_proj_out),),
+    prepare=(share_attention_inputs,),
 )

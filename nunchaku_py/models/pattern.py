@@ -32,6 +32,7 @@ class Pattern:
     modulation: tuple[str, ...] = ()  # one row per sample: weight-only
     keep: tuple[tuple[str, str], ...] = ()  # (glob, reason): stays 16 bit
     parts: tuple[tuple[str, Callable[[nn.Module, nn.Module], Parts | None]], ...] = ()  # (glob, f(linear, block))
+    prepare: tuple[Callable[[nn.Module], None], ...] = ()  # what a quantized model gets besides its linears
 
     def extend(self, **more: tuple) -> Pattern:
         """A pattern of which this one is the rest: what `more` says comes first."""
