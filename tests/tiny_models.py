@@ -29,7 +29,9 @@ def randomise(model: nn.Module, seed: int = 0, dtype: torch.dtype = DTYPE) -> nn
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """To `dtype`, but for what loading keeps in fp32 (Wan's norms and tables)."""
-    in_fp32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    from diffusers import ModelMixin  # transformers keeps such modules in fp32 only beside fp16
+
+    in_fp32 = tuple(model._keep_in_fp32_modules or ()) if isinstance(model, ModelMixin) else ()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_floating_point() and not any(part in name.split(".") for part in in_fp32):

@@ -86,6 +86,24 @@ def test_plan_works_on_the_meta_device() -> None:
     assert plan(model.to("meta")).share("w4a4") > 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "w4a4", "w4a16"),  # shares of all weights of linears
+    [
+        ("FluxTransformer2DModel", 0.72, 0.27),
+        ("QwenImageTransformer2DModel", 0.66, 0.33),
+        ("WanTransformer3DModel", 0.98, 0.0),
+        ("HunyuanVideoTransformer3DModel", 0.72, 0.26),
+        ("Lumina2Transformer2DModel", 0.89, 0.1),
+    ],
+)
+def test_coverage_of_real_sizes(name: str, w4a4: float, w4a16: float) -> None:
+    import diffusers
+
+    with torch.device("meta"):
+        got = plan(getattr(diffusers, name)())
+    assert got.share("w4a4") > w4a4 and got.share("w4a16") >= w4a16
+
+
 def test_ip_adapter_weights_stay(flux: nn.Module) -> None:
     pipe, _ = flux_ip_adapter()
     got = plan(pipe.transformer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -36,6 +38,14 @@ def test_pipelines_run(case: str) -> None:
 def test_cases_repeat() -> None:
     runs = [pipe(**arguments).images for pipe, arguments in (PIPELINES["flux"](), PIPELINES["flux"]())]
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("case", ["flux_prompt", "sdxl"])
+def test_saved_pipelines_load_bit_for_bit(case: str, tmp_path: Path) -> None:
+    (pipe, arguments), (_, again) = PIPELINES[case](), PIPELINES[case]()
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert torch.equal(pipe(**arguments).images, loaded(**again).images)
 
 
 def test_images_come_out() -> None:
