@@ -1,12 +1,13 @@
 """Statistics of the inputs of quantized sites, taken while calibration forwards run through them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import NunchakuError
 from .methods.work import Stats
@@ -45,6 +46,10 @@ class Collector:
         step = max(1, CHUNK_ELEMENTS // x.shape[1])
         for start in range(0, x.shape[0], step):
             self._add_chunk(x[start : start + step].float())
+
+    def take(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The input out of the arguments of a call of the module."""
+        self.add(args[0] if args else next(iter(kwargs.values())))
 
     def stats(self) -> Stats:
         if not torch.isfinite(self.absmax).all():
@@ -101,18 +106,17 @@ def _evenly(rows: int, wanted: int, phase: float, device: torch.device) -> torch
 
 
 @contextmanager
-def tapped(collectors: Mapping[Any, Collector], interrupted: Any = None) -> Iterator[None]:
-    """Within it every call of a tapped module adds its input to its collector; `interrupted()` is asked first."""
+def tapped(collectors: Iterable[Collector], before_each: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within it every call of a tapped module adds its input to its collector, after `before_each()`."""
 
-    def listen(collector: Collector) -> Any:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if interrupted is not None:
-                interrupted()
-            collector.add(args[0] if args else next(iter(kwargs.values())))
+    def listen(collector: Collector) -> RemovableHandle:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            before_each()
+            collector.take(args, kwargs)
 
         return collector.tap.module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    handles = [listen(collector) for collector in collectors.values()]
+    handles = [listen(collector) for collector in collectors]
     try:
         yield
     finally:

@@ -49,13 +49,14 @@ def replay(
     """Calls finish(block name, {key: Stats}) for each block in the order in which the first state's forward reaches
     them, with the statistics of its taps {key: SiteTap} over all states; returns {block name: reason} of the others.
 
-    A tapped module that no forward calls has no entry in the statistics. `finish` may change the block as it likes.
+    A block is any module by its name in the model, a single linear too. A tapped module that no forward calls has no
+    entry in the statistics. `finish` may change the block, or put another module in its place.
     A block that is called several times per forward is finished at its last call; with feedback it then runs quantized
     from this call on. `device`: where to compute, one block at a time, if the model as a whole does not fit there.
     """
     _check(model, blocks, states)
     residence = Residence(model, blocks, device)
-    gates = {name: _Gate(name, block) for name, block in blocks.items()}
+    gates = {name: _Gate(model, name, block) for name, block in blocks.items()}
     with torch.no_grad(), residence, _closed(gates):
         order = _order_of_first(model, states[0], residence)
         lanes = [_Lane(model, state, residence.device) for state in states]
@@ -184,8 +185,9 @@ def _surroundings(device: torch.device) -> Any:
 class _Gate:
     """Stands as a block's forward: a lane is held before the block and behind it, anyone else passes."""
 
-    def __init__(self, name: str, block: nn.Module) -> None:
-        self.name, self.block = name, block
+    def __init__(self, model: nn.Module, name: str, block: nn.Module) -> None:
+        self.model, self.name, self.block = model, name, block
+        self.collectors: list[Collector] = []  # of the block's own input: its hooks run before a lane is held
 
     def close(self) -> None:
         self.was_own = "forward" in vars(self.block)
@@ -205,13 +207,20 @@ class _Gate:
             return self.forward(*args, **kwargs)
         lane.calls[self.name] += 1
         again = lane.pause(self.name)
+        for collector in self.collectors:
+            collector.take(args, kwargs)
         if again:  # on copies, since blocks may change their inputs, and without keeping the output
             copied_args, copied_kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
             self.forward(*copied_args, **copied_kwargs)
             del copied_args, copied_kwargs
         output = None if again else self.forward(*args, **kwargs)
         lane.pause(self.name)
-        return self.forward(*args, **kwargs) if again else output
+        return self.present()(*args, **kwargs) if again else output
+
+    def present(self) -> Callable[..., Any]:
+        """What computes the block now: itself, or the module that has taken its place."""
+        module = self.model.get_submodule(self.name)
+        return self.forward if module is self.block else module
 
 
 @contextmanager
@@ -310,11 +319,15 @@ class _Schedule:
             calls = len(self.lanes) * max(1, self.total[name])
             taps = self.taps_of(name).items()
             self.collectors[name] = {key: Collector(_spoken(key), tap, calls, self.sample) for key, tap in taps}
-        with tapped(self.collectors[name], _check_current_lane):
+        gate, inner = self.gates[name], []
+        for collector in self.collectors[name].values():
+            (gate.collectors if collector.tap.module is gate.block else inner).append(collector)
+        with tapped(inner, _check_current_lane):
             for number, lane in enumerate(lanes, 1):
                 if self.progress is not None:
                     self.progress.say(f"{name}, state {number} of {len(lanes)}")
                 lane.go(again)
+        gate.collectors = []
 
     def conclude(self, name: str) -> None:
         collectors = self.collectors.pop(name)

@@ -48,6 +48,7 @@ class Residence:
             yield
         finally:
             block.to(home)
+            self.model.get_submodule(name).to(home)  # another module may have taken its place
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ from nunchaku_py.errors import NunchakuError
 
 def collected(module, inputs, sample=512, **tap):
     collector = Collector("blocks.0.proj", SiteTap(module, **tap), len(inputs), sample)
-    with torch.no_grad(), tapped({"proj": collector}):
+    with torch.no_grad(), tapped([collector]):
         for x in inputs:
             module(x)
     return collector.stats()
@@ -101,6 +101,6 @@ def test_the_hooks_are_gone_afterwards(inputs):
 def test_an_input_given_by_name_is_seen():
     linear, x = nn.Linear(24, 8), torch.ones(3, 24)
     collector = Collector("proj", SiteTap(linear), 1, 8)
-    with tapped({"proj": collector}):
+    with tapped([collector]):
         linear(input=x)
     assert collector.stats().rows == 3

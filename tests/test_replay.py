@@ -73,7 +73,7 @@ def tap_all(model, blocks):
 def ordinary(model, states, taps, sample=512):
     """Outputs and statistics of whole forwards, one after the other."""
     collectors = {key: Collector(key, tap, len(states), sample) for key, tap in taps.items()}
-    with torch.no_grad(), tapped(collectors):
+    with torch.no_grad(), tapped(collectors.values()):
         outputs = [model(*state.on("cpu")[0], **state.on("cpu")[1]) for state in states]
     return outputs, {key: collector.stats() for key, collector in collectors.items() if collector.rows}
 
@@ -244,6 +244,29 @@ def test_the_caller_has_the_block_to_itself_while_it_finishes_it():
     replay(model, blocks, states, tap_all(model, blocks), finish, feedback=True, on_output=keep)
     assert "forward" in vars(blocks["layers.1"])
     assert same(outputs, ordinary(model, states, {})[0])
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_single_linear_may_be_a_block_and_another_module_take_its_place(feedback):
+    model, states = toy()
+    blocks, outputs, seen = {"stem": model.stem} | layers(model), [], {}
+    before, stats = ordinary(model, states, {"stem": SiteTap(model.stem, gram=True)})
+    taps = {"stem": {"stem": SiteTap(model.stem, gram=True)}}
+
+    def finish(name, found):
+        seen.update(found)
+        if name in ("stem", "layers.1"):
+            model.set_submodule(name, nn.Sequential(nn.Linear(16, 16)) if name == "stem" else PlainBlock())
+
+    class PlainBlock(Block):
+        def __init__(self):
+            super().__init__(16)
+
+    keep = lambda _, y: outputs.append(y)  # noqa: E731
+    replay(model, blocks, states, lambda name: taps.get(name, {}), finish, feedback=feedback, on_output=keep)
+    assert same(seen["stem"], stats["stem"])
+    assert same(outputs, ordinary(model, states, {})[0] if feedback else before)
+    assert untouched(model)
 
 
 def test_an_instance_level_forward_stays():

@@ -22,13 +22,17 @@ class Logged(nn.Linear):
 
 def test_without_a_device_everything_stays():
     model = small(nn.Linear)
-    with Residence(model, dict(enumerate(model["blocks"])), None) as there, there.of(0):
+    with Residence(model, named(model), None) as there, there.of("blocks.0"):
         assert there.device == torch.device("cpu")
         assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def small(block):
     return nn.ModuleDict({"stem": nn.Linear(4, 4), "blocks": nn.ModuleList(block(4, 4) for _ in range(2))})
+
+
+def named(model):
+    return {f"blocks.{i}": block for i, block in enumerate(model["blocks"])}
 
 
 @pytest.fixture
@@ -39,21 +43,21 @@ def model(monkeypatch):
 
 
 def test_a_block_is_there_for_its_turn_only(model):
-    blocks = dict(enumerate(model["blocks"]))
-    with Residence(model, blocks, "cpu") as there:
-        with there.of(0):
-            assert blocks[0].sent == ["cpu"] and blocks[1].sent == []
-        with pytest.raises(KeyError), there.of(1):
+    first, second = model["blocks"]
+    with Residence(model, named(model), "cpu") as there:
+        with there.of("blocks.0"):
+            assert first.sent == ["cpu"] and second.sent == []
+        with pytest.raises(KeyError), there.of("blocks.1"):
             raise KeyError
-    assert blocks[0].sent == blocks[1].sent == ["cpu", "meta"]
+    assert first.sent == second.sent == ["cpu", "meta", "meta"]
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
     model = small(nn.Linear)
     first, second = model["blocks"]
-    with Residence(model, {"first": first, "second": second}, "cuda") as there:
+    with Residence(model, named(model), "cuda") as there:
         assert model["stem"].weight.is_cuda and not first.weight.is_cuda
-        with there.of("first"):
+        with there.of("blocks.0"):
             assert first.weight.is_cuda and not second.weight.is_cuda
     assert {p.device.type for p in model.parameters()} == {"cpu"}
