@@ -18,7 +18,7 @@ del _here, _Path
 _PUBLIC = {
     "quantize": "quantize", "Report": "report", "Recipe": "recipes", "RECIPES": "recipes",
     "load": "checkpoint", "save": "checkpoint", "set_mode": "swap", "dequantize": "swap",
-    "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "ops.registry",
+    "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "explain",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -18,7 +18,7 @@ from .site import MODES, Mode, Site, SiteTensors, auto_mode, shift_correction
 from .tensor import QTensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LINEAR_OPS = {"int4": ops.linear_w4a4, "uint4": ops.linear_w4a4, "nvfp4": ops.linear_w4a4,
+LINEAR_OPS = {"int4": ops.linear_w4a4, "uint4": ops.linear_w4a4, "nvfp4": ops.linear_w4a4,
                "int8": ops.linear_w4a8, "none": ops.linear_w4a16}
 
 
@@ -174,7 +174,7 @@ class QuantizedSite(nn.Module):
     def multiply(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         """Quantized rows → y (M,N)."""
         qw, sw, aux, up, bias = self.operands(dtype)
-        op = _LINEAR_OPS[self.linear_spec.act.format]
+        op = LINEAR_OPS[self.linear_spec.act.format]
         return op(x.qx, x.sx, qw, sw, aux, x.h, up, bias, self.linear_spec)
 
     def apply_rows(self, rows: Tensor) -> Tensor:
