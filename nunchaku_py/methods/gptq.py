@@ -30,7 +30,7 @@ def gptq(work: Work, ctx: Context) -> None:
     gram = smoothed_gram(work)
     gram.diagonal().add_(noise_of(work, ctx).rounding)  # (R−Q) multiplies the rounding noise of the input as well
     order = gram.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_factor(gram[order][:, order], ctx.options.damping, work.names[0])
+    upper = inverse_factor(gram[order][:, order], damping(work, ctx), work.names[0])
     columns = gram.new_empty(gram.shape[0], work.weight.shape[0])
     for rows in work.chunks():
         columns[:, rows] = work.remainder(rows).T[order]
@@ -55,18 +55,23 @@ def smoothed_gram(work: Work) -> Tensor:
     return (work.stats.gram / work.smooth).float().div_(work.smooth[:, None])
 
 
-def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
-    """Upper U with (H + λI)⁻¹ = UᵀU, λ = damping·mean diag, by one Cholesky of the flipped matrix.
+def damping(work: Work, ctx: Context) -> float:
+    """Of the mean diagonal. What a Gram matrix of few rows says of K channels is mostly chance, so K/rows adds to it."""
+    return ctx.options.damping + ctx.options.scarcity * work.weight.shape[1] / max(work.stats.rows, 1)
+
+
+def inverse_factor(gram: Tensor, share: float, name: str) -> Tensor:
+    """Upper U with (H + λI)⁻¹ = UᵀU, λ = share·mean diag, by one Cholesky of the flipped matrix.
 
     If that fails, it is tried again with more damping."""
     mean = gram.diagonal().mean().clamp_min(1e-30).item()
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     for attempt in range(RETRIES):
-        lower, failed = torch.linalg.cholesky_ex((gram + eye * (damping * mean * 10**attempt)).flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex((gram + eye * (share * mean * 10**attempt)).flip(0, 1))
         if not failed.item() and lower.isfinite().all():
             return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
     raise NunchakuError(f"{name}: the Gram matrix of the input is not positive definite, or not finite, even with "
-                        f"damping {damping * 10 ** (RETRIES - 1):g}")
+                        f"damping {share * 10 ** (RETRIES - 1):g}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .error import output_error, residual_rows, site_inputs
-from .gptq import smoothed_gram
+from .gptq import damping, smoothed_gram
 from .lowrank import set_branch
 from .svd import orthonormal, random_basis
 from .work import Context, Work, stage
@@ -44,7 +44,7 @@ def weighting(work: Work, ctx: Context) -> Tensor:
     if work.stats.gram is None:
         return work.stats.second.float() / work.smooth.square()
     gram = smoothed_gram(work)
-    gram.diagonal().add_(ctx.options.damping * gram.diagonal().mean())
+    gram.diagonal().add_(damping(work, ctx) * gram.diagonal().mean())
     return gram
 
 
