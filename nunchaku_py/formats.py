@@ -28,7 +28,7 @@ from .errors import NunchakuError
 FormatName = Literal["int4", "uint4", "nvfp4", "int8"]
 TOP = {"int4": 7, "uint4": 15, "nvfp4": 6, "int8": 127}  # the largest value of a code
 LOWEST = {"int4": -7, "uint4": 0, "nvfp4": -6, "int8": -127}
-CHUNK = 2**18  # elements worked on at a time: the temporaries of one chunk stay in the cache
+CHUNK = 2**20  # elements worked on at a time: temporaries of a few MB stay in the cache
 
 
 @dataclass(frozen=True)

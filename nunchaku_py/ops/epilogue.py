@@ -93,9 +93,9 @@ def _qkv_rope(y: Tensor, dtype: torch.dtype, q_norm: Tensor, k_norm: Tensor, rot
 
 def _norm_rotate(x: Tensor, weight: Tensor, rotary: Tensor, spec: LinearSpec) -> Tensor:
     """RMSNorm of each head of x (M,H·D), then pairs (2i, 2i+1) of row m turned by rotary[m % T, i] = (cos, sin)."""
-    m, (tokens, half, _) = x.shape[0], rotary.shape
-    heads = rms_norm(x.reshape(m, -1, spec.head_dim), spec.eps) * weight
-    even, odd = heads.view(m // tokens, tokens, -1, half, 2).unbind(-1)
+    tokens, half, _ = rotary.shape
+    heads = rms_norm(x.unflatten(1, (x.shape[1] // spec.head_dim, spec.head_dim)), spec.eps) * weight
+    even, odd = heads.unflatten(0, (x.shape[0] // tokens, tokens)).unflatten(-1, (half, 2)).unbind(-1)
     cos, sin = rotary.unsqueeze(1).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).view(x.shape)
 

@@ -27,7 +27,7 @@ def quantize_act(x: Tensor, inv_smooth: Tensor, down: Tensor, spec: ActSpec) -> 
 def pack(xhat: Tensor, dtype: torch.dtype, spec: ActSpec) -> tuple[Tensor, Tensor]:
     """(qx, sx) in row layout of x̂ (M,K) fp32."""
     if spec.fmt is None:
-        return xhat.to(dtype, copy=True), xhat.new_empty(0)
+        return xhat.to(dtype, copy=True, memory_format=torch.contiguous_format), xhat.new_empty(0)
     codes, scales = quantize_rows(xhat, spec.fmt, dtype)
     return (pack_nibbles(codes), scales) if spec.fmt.packed else (codes, scales[:, 0])
 
