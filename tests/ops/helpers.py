@@ -1,4 +1,4 @@
-"""Arguments for every op, on shapes that divide nothing, and a slow linear in float64 to hold the references against."""
+"""Arguments for every op, on shapes that divide nothing, and a slow linear in float64 to hold references against."""
 import torch
 
 from nunchaku_py.formats import decode, fold_int8, format_of
