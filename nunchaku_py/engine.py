@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import NunchakuError
 from .formats import format_of
 from .linear import SplitLinear
-from .methods.error import run
+from .methods.error import output_error, run
 from .methods.export import export
 from .methods.work import Context, Stats, Work
 from .models.plan import Plan, Unit
@@ -86,6 +86,7 @@ class Engine:
         rows: list[SiteRow] = []
         for unit in job.units:
             work = self._work(unit, modules, stats.get(unit))
+            work.errors["before"] = output_error(work, self.context)
             run(self.recipe.steps_data_free if work.stats.synthetic else self.recipe.steps, work, self.context)
             for name, tensors in zip(unit.names, export(work, self.context), strict=True):
                 parts[name].append((unit, tensors, work.site))

@@ -117,9 +117,10 @@ class Run:
 
     @property
     def blocks(self) -> dict[str, list[Job]]:
+        """Block name → jobs; a linear outside the blocks, which only a rule chooses, is a block of its own."""
         found: dict[str, list[Job]] = {}
         for job in self.jobs:
-            found.setdefault(job.block, []).append(job)
+            found.setdefault(job.block or job.names[0], []).append(job)
         return found
 
     def cost(self, block: str) -> int:
@@ -138,32 +139,30 @@ class Run:
         """Replay a few captured forwards block by block; with feedback each block sees the quantized ones' output."""
         found = capture_states(pipeline or self.model, self.model, data, states, seed=self.engine.context.seed,
                                show=progress)
-        inside = {block: self.model.get_submodule(block) for block in self.blocks if block}
+        blocks = {block: self.model.get_submodule(block) for block in self.blocks}
         undo: dict[str, nn.Module] = {}
+        with Progress(sum(map(self.cost, blocks)), "quantizing", progress) as bar:
 
-        def finish(block: str, stats: dict[Unit, Stats]) -> None:
-            made = self.quantize_block(block, stats)
-            if feedback:
-                undo.update(replace_modules(self.model, made))
+            def finish(block: str, stats: dict[Unit, Stats]) -> None:
+                made = self.quantize_block(block, stats)
+                if feedback:
+                    undo.update(replace_modules(self.model, made))
+                bar.advance(self.cost(block))
 
-        try:
-            with Progress(sum(map(self.cost, inside)), "quantizing", progress) as bar:
-                replay(self.model, inside, found, self.taps_of, finish, feedback=feedback, progress=bar)
-        except BaseException:
-            replace_modules(self.model, undo)
-            raise
-        for block in self.blocks:
-            if not any(name in self.modules for job in self.blocks[block] for name in job.names):
-                self.notes.append(f"{block or 'outside the blocks'}: no calibration forward reached it, done data-free")
-                self.quantize_block(block, {})
+            try:
+                unreached = replay(self.model, blocks, found, self.taps_of, finish, feedback=feedback, progress=bar)
+            except BaseException:
+                replace_modules(self.model, undo)
+                raise
+        for block, reason in unreached.items():
+            self.notes.append(f"{block}: {reason}, so it is quantized data-free")
+            self.quantize_block(block, {})
 
     def taps_of(self, block: str) -> dict[Unit, SiteTap]:
         """The first member of each unit is listened to; nothing, where the finished block lies on disk."""
         if self.finished is not None and self.finished.has(block):
             return {}
-        recipe = self.engine.recipe
-        return {unit: SiteTap(self.model.get_submodule(unit.names[0]), unit.k_range,
-                              recipe.needs_gram and unit.kind == recipe.kind)
+        return {unit: SiteTap(self.model.get_submodule(unit.names[0]), unit.k_range, self.engine.recipe.needs_gram)
                 for job in self.blocks[block] for unit in job.units}
 
     def quantize_block(self, block: str, stats: Mapping[Unit, Stats]) -> dict[str, Quantized]:

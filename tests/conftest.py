@@ -1,4 +1,4 @@
-"""What every test runs under: no network, a fixed seed, few threads; GPU tests on a GPU, slow tests when asked for."""
+"""What every test runs under: no network, a fixed seed, one thread; GPU tests on a GPU, slow tests when asked for."""
 
 import os
 
@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: a test tha
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # on tensors this small, threads wait for each other far longer than they work
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
