@@ -1,0 +1,142 @@
+"""`nunchaku-py generate`: run a pipeline folder and write its images."""
+from __future__ import annotations
+
+import argparse
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import NunchakuError
+from .sources import DENOISERS, Source, device_for, loading, quantization_of, quiet_libraries, read_json, weight_bytes
+
+SUMMARY = "run a pipeline folder and write its images"
+DESCRIPTION = ("Load a quantized (or 16-bit) pipeline folder, run it on a GPU if there is one with room for it,\n"
+               "else on the CPU, and write its images. What is not given keeps the pipeline's own default.")
+EXAMPLES = ('  nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a lighthouse at dusk" --out lighthouse.png\n'
+            '  nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a cat" --steps 8 --width 512 --height 512 --mode a16\n')
+# option → what the pipeline calls it
+NAMES = {"prompt": "prompt", "negative_prompt": "negative_prompt", "steps": "num_inference_steps", "width": "width",
+         "height": "height", "guidance": "guidance_scale", "count": "num_images_per_prompt"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("pipeline", type=Path, metavar="PIPELINE_DIR", help="a folder with model_index.json")
+    add("--prompt", help="what to paint")
+    add("--negative-prompt", help="what not to paint, where the pipeline takes this")
+    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--width", type=int, metavar="PIXELS")
+    add("--height", type=int, metavar="PIXELS")
+    add("--guidance", type=float, metavar="SCALE", help="guidance scale")
+    add("--count", type=int, metavar="N", help="images for the prompt")
+    add("--seed", type=int, default=0, help="of the initial noise (default 0)")
+    add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"), help="activations of the 4-bit linears")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of everything else (default: the checkpoint's)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
+    add("--out", type=Path, default=Path("image.png"), metavar="FILE",
+        help="image to write; several are numbered (default image.png)")
+
+
+def run(args: argparse.Namespace) -> int:
+    source = Source.of(args.pipeline)
+    if source.index is None:
+        raise NunchakuError(f"{args.pipeline}: is a model alone; generating needs a pipeline (model_index.json)")
+    source.check(list(source.models))
+    _check_writable(args.out)
+    quiet_libraries(args.verbose)
+    device = device_for(args.device, sum(map(weight_bytes, source.models.values())))
+    pipe = _load(source, args)
+    call = _arguments(pipe, args)
+    with loading(args.pipeline):
+        pipe = pipe.to(device)
+    started = time.monotonic()
+    images = _images(_call(pipe, call))
+    written = _write(images, args.out)
+    print(f"{time.monotonic() - started:.1f} s on {device}: {', '.join(map(str, written))}")
+    return 0
+
+
+def _load(source: Source, args: argparse.Namespace) -> Any:
+    from ..checkpoint import load
+    from .sources import torch_dtype
+
+    with loading(source.path):
+        pipe = load(source.path, args.mode, torch_dtype(args.dtype or _dtype(source)))
+    pipe.set_progress_bar_config(disable=None)  # tqdm: only where somebody watches
+    return pipe
+
+
+def _dtype(source: Source) -> str:
+    """The compute dtype of a quantized denoiser, else the 16-bit type of the weights."""
+    denoisers = [name for name in DENOISERS if name in source.models] or list(source.models)
+    for name in denoisers:
+        config = source.components[name] / "config.json"
+        if config.is_file():
+            stored = quantization_of(read_json(config)).get("compute_dtype")
+            if stored in ("bfloat16", "float16"):
+                return {"bfloat16": "bf16", "float16": "fp16"}[stored]
+    return source.dtype(denoisers)
+
+
+def _arguments(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call; one that it does not take is refused rather than dropped."""
+    import torch
+
+    known = inspect.signature(pipe.__call__).parameters
+    call: dict[str, Any] = {}
+    for option, name in NAMES.items():
+        value = getattr(args, option)
+        if value is None:
+            continue
+        if name not in known:
+            raise NunchakuError(f"--{option.replace('_', '-')}: {type(pipe).__name__} takes no {name}")
+        call[name] = value
+    if "prompt" in known and "prompt" not in call:
+        raise NunchakuError(f"--prompt is missing: {type(pipe).__name__} paints from a prompt")
+    if "prompt" in known and getattr(pipe, "tokenizer", None) is None:
+        raise NunchakuError(f"{args.pipeline}: holds no tokenizer, so it cannot read a prompt")
+    if "generator" in known:
+        call["generator"] = torch.Generator().manual_seed(args.seed)
+    return call
+
+
+def _call(pipe: Any, call: dict[str, Any]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        try:
+            return pipe(**call)
+        except ValueError as error:  # what the pipeline finds wrong with its arguments
+            raise NunchakuError(str(error)) from error
+
+
+def _images(result: Any) -> list[Any]:
+    """PIL images of an image pipeline, or the frames of a video one."""
+    found = getattr(result, "images", None)
+    if found is None:
+        found = [frame for video in getattr(result, "frames", None) or [] for frame in video]
+    if not len(found) or not hasattr(found[0], "save"):
+        raise NunchakuError(f"the pipeline returned no images but {type(result).__name__}")
+    return list(found)
+
+
+def _check_writable(out: Path) -> None:
+    from PIL import Image
+
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise NunchakuError(f"{out}: expected the name of an image file, such as image.png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NunchakuError(f"{out}: cannot be written: {error}") from error
+
+
+def _write(images: list[Any], out: Path) -> list[Path]:
+    names = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(len(images))]
+    for image, name in zip(images, names, strict=True):
+        try:
+            image.save(name)
+        except OSError as error:
+            raise NunchakuError(f"{name}: cannot be written: {error}") from error
+    return names

@@ -1,0 +1,218 @@
+"""`nunchaku-py inspect`: what is in a checkpoint, from its headers and configs alone."""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..errors import NunchakuError
+from .headers import Header, TensorHeader, read_header
+from .sources import class_name, quantization_of, read_json, weight_bytes
+from .tables import size, table
+
+SUMMARY = "what is in a checkpoint: sites, formats, ranks, sizes"
+DESCRIPTION = ("List the quantized linears of a model folder, a pipeline folder or a single file, with format, rank,\n"
+               "shape and bytes, what shares an input, and what stayed in 16 bit. Reads headers only, so it takes no\n"
+               "longer for a large file. Of other safetensors files it says what they are, as far as that shows.")
+EXAMPLES = ("  nunchaku-py inspect ./FLUX.1-dev-int4\n  nunchaku-py inspect ./transformer-int4.safetensors --all\n"
+            "  nunchaku-py inspect ./some-lora.safetensors\n")
+
+OURS = "nunchaku_py"
+LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
+Row = tuple[str, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="FILE_OR_DIR", help="a .safetensors file, a model or a pipeline")
+    parser.add_argument("--all", action="store_true", help="a line for every site, not one for all alike")
+
+
+def run(args: argparse.Namespace) -> int:
+    path: Path = args.path
+    if not path.exists():
+        raise NunchakuError(f"{path}: no such file or folder")
+    if path.is_file():
+        print(_file(path, args.all))
+    elif (path / "model_index.json").is_file():
+        print(_pipeline(path, args.all))
+    elif (path / "config.json").is_file():
+        print(_model(path, args.all))
+    else:
+        print(_folder_of_files(path, args.all))
+    return 0
+
+
+def _file(path: Path, every: bool) -> str:
+    header = read_header(path)
+    config = _config_in(header)
+    if quantization_of(config).get("quant_method") == OURS:
+        return _ours(str(path), config, header, every)
+    return f"{path}: {kind_of(header)}\n{_stored(header.tensors.values())}"
+
+
+def _config_in(header: Header) -> dict[str, Any]:
+    try:
+        config = json.loads(header.metadata["config"])
+        return config if isinstance(config, dict) else {}
+    except (KeyError, ValueError):
+        return {}
+
+
+def _pipeline(path: Path, every: bool) -> str:
+    index = read_json(path / "model_index.json")
+    parts = [f"{path}: {class_name(index) or 'pipeline'}"]
+    for name, value in index.items():
+        folder = path / name
+        if isinstance(value, list) and value and value[0] and folder.is_dir():
+            parts.append(_component(name, folder, str(value[1]), every))
+    return "\n\n".join(_paragraphs(parts))
+
+
+def _paragraphs(parts: list[str]) -> Iterable[str]:
+    """Components of one line stand together, below the first line."""
+    short = [part for part in parts[1:] if "\n" not in part]
+    yield "\n".join([parts[0], *short])
+    yield from (part for part in parts[1:] if "\n" in part)
+
+
+def _component(name: str, folder: Path, cls: str, every: bool) -> str:
+    if not weight_bytes(folder):
+        return f"  {name}: {cls}"
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if quantization_of(config).get("quant_method") == OURS:
+        return _model(folder, every)
+    return f"  {name}: {cls}, {size(weight_bytes(folder))}"
+
+
+def _model(path: Path, every: bool) -> str:
+    config = read_json(path / "config.json")
+    header = _merged(path)
+    method = quantization_of(config).get("quant_method")
+    if method == OURS:
+        return _ours(str(path), config, header, every)
+    quantized = f", quantized by {method}" if method else ""
+    return f"{path}: {class_name(config) or 'model'}{quantized}\n{_stored(header.tensors.values())}"
+
+
+def _folder_of_files(path: Path, every: bool) -> str:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise NunchakuError(f"{path}: holds neither a pipeline, nor a model, nor safetensors files")
+    return "\n\n".join(_file(file, every) for file in files)
+
+
+def _merged(path: Path) -> Header:
+    """All shards as one."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise NunchakuError(f"{path}: holds no safetensors file")
+    headers = [read_header(file) for file in files]
+    return Header({name: tensor for header in headers for name, tensor in header.tensors.items()}, headers[0].metadata)
+
+
+# ------------------------------------------------------------------------------------------------------- our own files
+def _ours(label: str, config: dict[str, Any], header: Header, every: bool) -> str:
+    quantization = quantization_of(config)
+    if quantization.get("format_version") != 1:
+        raise NunchakuError(f"{label}: format_version is {quantization.get('format_version')!r}, this release reads 1")
+    owners, rows = _site_rows(label, quantization.get("sites") or {}, header)
+    recipe = quantization.get("recipe") or "no recipe named"
+    title = f"{label}: {class_name(config)}, {recipe}, computes in {quantization.get('compute_dtype')}"
+    columns = ("site", "kind", "format", "rank", "N", "K", "bytes")
+    body = table(columns, rows) if every else table(("count", *columns), _alike(rows))
+    return "\n".join([title, "", body, "", *_totals(quantization, header, owners)])
+
+
+def _site_rows(label: str, sites: dict[str, Any], header: Header) -> tuple[dict[str, str], list[Row]]:
+    """(tensor name → site, a row per site or K-part). A site whose tensors are missing is refused."""
+    owner = {name: site for name in header.tensors if (site := _owner(name, header.tensors))}
+    nbytes: Counter[str] = Counter()
+    for name, site in owner.items():
+        nbytes[site] += header.tensors[name].nbytes
+    rows: list[Row] = []
+    for site in nbytes:
+        module, _, part = site.partition(".parts.")
+        entry = sites.get(module) or next((e for glob, e in sites.items() if fnmatchcase(module, glob)), None)
+        if entry is None:
+            raise NunchakuError(f"{label}: {site}.codes is in the file, but its config names no such site")
+        entry = entry["parts"][int(part)] if part else entry
+        rows.append((*_row(site, module, entry, header), str(nbytes[site])))
+    for name in sites:
+        if not any(fnmatchcase(site.partition(".parts.")[0], name) for site in owner.values()):
+            raise NunchakuError(f"{label}: the config names the site {name}, but the file holds no such tensors")
+    return owner, rows
+
+
+def _owner(name: str, tensors: dict[str, TensorHeader]) -> str | None:
+    site, _, leaf = name.rpartition(".")
+    if leaf == "bias" and f"{site}.parts.0.codes" in tensors:
+        return f"{site}.parts.0"
+    return site if leaf in LEAVES and f"{site}.codes" in tensors else None
+
+
+def _row(site: str, module: str, entry: dict[str, Any], header: Header) -> Row:
+    n, packed = header.tensors[f"{site}.codes"].shape
+    smooth = header.tensors.get(f"{site}.smooth")
+    k = smooth.shape[0] if smooth else 2 * packed
+    first, last = entry.get("k_range") or (0, 0)
+    label = f"{module}[{first}:{last}]" if last else site
+    fmt = f"{entry['format']} g{entry['group']}" + (" shifted" if entry.get("shift") else "")
+    return label, entry["kind"], fmt, str(entry.get("rank", 0)), str(n), str(k)
+
+
+def _alike(rows: list[Row]) -> list[Row]:
+    """Rows that differ in the number of their block only are one row with a count."""
+    counts: Counter[Row] = Counter()
+    nbytes: Counter[Row] = Counter()
+    for label, *middle, count in rows:
+        key = (re.sub(r"\.\d+\.", ".*.", label, count=1), *middle)
+        counts[key] += 1
+        nbytes[key] += int(count)
+    return [(str(counts[key]), *key, str(nbytes[key])) for key in counts]
+
+
+def _totals(quantization: dict[str, Any], header: Header, owner: dict[str, str]) -> list[str]:
+    quantized = sum(tensor.nbytes for name, tensor in header.tensors.items() if name in owner)
+    others = [tensor for name, tensor in header.tensors.items() if name not in owner]
+    kept = sum(tensor.nbytes for tensor in others)
+    groups = quantization.get("groups") or []
+    sites = {site.partition(".parts.")[0] for site in owner.values()}
+    lines = [f"quantized: {len(sites)} linears, {size(quantized)}",
+             f"kept as they were: {len(others)} tensors, {size(kept)} ({_dtypes(others)})",
+             f"sharing an input: {len(groups)} groups of {sum(map(len, groups))} linears"]
+    before = (quantization.get("report") or {}).get("bytes_before")
+    smaller = f", {before / (quantized + kept):.2f}x smaller than the {size(before)} before" if before else ""
+    return [*lines, f"total: {size(quantized + kept)}{smaller}"]
+
+
+# ------------------------------------------------------------------------------------------------------ anybody's files
+def kind_of(header: Header) -> str:
+    """What a safetensors file is, by the names of its tensors."""
+    names = list(header.tensors)
+    leaves = {name.rpartition(".")[2] for name in names}
+    if any(re.search(r"lora_(A|B|down|up)\b|lora_[AB]\.|\.hada_w1|\.lokr_w1|dora_scale", name) for name in names):
+        return "adapter weights (LoRA or one of its relatives)"
+    if "qweight" in leaves and ({"proj_down", "lora_down", "smooth_factor", "smooth"} & leaves):
+        return "an SVDQuant checkpoint of Nunchaku; this release does not read it yet"
+    if "codes" in leaves and "scales" in leaves:
+        return "tensors of a nunchaku-py model without its config; inspect the folder it belongs to"
+    if leaves & {"qweight", "weight_scale", "quant_state", "absmax", "weight_packed"}:
+        return "a model quantized by another tool"
+    return "16- or 32-bit weights" if names else "a file without tensors"
+
+
+def _stored(tensors: Iterable[TensorHeader]) -> str:
+    held = list(tensors)
+    return f"{len(held)} tensors, {size(sum(tensor.nbytes for tensor in held))} ({_dtypes(held)})"
+
+
+def _dtypes(tensors: Iterable[TensorHeader]) -> str:
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors:
+        nbytes[tensor.dtype] += tensor.nbytes
+    return ", ".join(f"{dtype} {size(count)}" for dtype, count in nbytes.most_common()) or "none"

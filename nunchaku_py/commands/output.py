@@ -1,0 +1,112 @@
+"""Where `quantize` writes: a folder or file that appears when it is complete, and the work folder beside it."""
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import NunchakuError
+from .sources import Source
+
+_COMMAND = "command.json"
+# Other forms of the same weights, and what is no part of a pipeline.
+_LEFT_BEHIND = ("*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ckpt", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class Output:
+    """`path` as the user names it; `work` is `path` + ".partial"."""
+
+    path: Path
+    work: Path
+
+    @staticmethod
+    def at(path: Path, source: Path, overwrite: bool) -> Output:
+        """Refuses before any work is done what could not be written at its end."""
+        if path.resolve() == source.resolve() or source.resolve().is_relative_to(path.resolve()):
+            raise NunchakuError(f"{path}: would replace the model it is made from; name another folder")
+        if path.resolve().is_relative_to(source.resolve()):
+            raise NunchakuError(f"{path}: lies inside {source}; name a folder beside it")
+        if path.is_dir() and path.suffix == ".safetensors":
+            raise NunchakuError(f"{path}: is a folder, but its name is that of a file")
+        taken = path.is_file() or path.is_dir() and any(path.iterdir())
+        if taken and not overwrite:
+            raise NunchakuError(f"{path}: exists already; name another folder, or replace it with --overwrite")
+        if path.is_file() and path.suffix != ".safetensors":
+            raise NunchakuError(f"{path}: is a file; name a folder, or a file ending in .safetensors")
+        return Output(path, path.with_name(path.name + ".partial"))
+
+    @property
+    def blocks(self) -> Path:
+        return self.work / "blocks"
+
+    def open(self, settings: str) -> None:
+        """Make the work folder, or go on with it if it is of the same command."""
+        known = self.work / _COMMAND
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            if known.exists() and known.read_text() != settings and self._finished():
+                raise NunchakuError(f"{self.work}: holds the unfinished work of another command (other model, prompts "
+                                    "or options); finish that one, delete the folder, or name another output")
+            known.write_text(settings)
+        except OSError as error:
+            raise NunchakuError(f"{self.path}: cannot be written: {error}") from error
+
+    def _finished(self) -> int:
+        return sum(1 for _ in self.blocks.rglob("*.safetensors"))
+
+    def interrupted(self) -> str:
+        count = self._finished()
+        if not count:
+            return "interrupted before a block was finished; the same command starts again"
+        kept = "1 finished block is" if count == 1 else f"{count} finished blocks are"
+        return f"interrupted; {kept} kept in {self.work}, the same command goes on from there"
+
+    def tidy(self) -> None:
+        """Leave no work folder behind unless there is work in it."""
+        if self.work.is_dir() and not self._finished():
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def write(self, source: Source, models: dict[str, Any], report: Any) -> None:
+        """Everything into the work folder first; then it takes its name."""
+        from ..checkpoint import save
+
+        if self.path.suffix == ".safetensors":
+            save(next(iter(models.values())), self.path)
+            return
+        fresh = self.work / "output"
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            fresh.mkdir(parents=True)
+            _copy_rest(source, fresh, set(models))
+            for name, model in models.items():
+                save(model, fresh / name)
+            report.save(fresh)
+            self._publish(fresh)
+        except OSError as error:
+            raise NunchakuError(f"{self.path}: cannot be written: {error}") from error
+
+    def _publish(self, fresh: Path) -> None:
+        old = self.work / "replaced"
+        if self.path.exists():
+            os.replace(self.path, old)
+        try:
+            os.replace(fresh, self.path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, self.path)
+            raise
+
+
+def _copy_rest(source: Source, to: Path, quantized: set[str]) -> None:
+    """The parts of a pipeline that are not quantized, byte for byte."""
+    if source.index is None:
+        return
+    shutil.copy2(source.path / "model_index.json", to)
+    for name, folder in source.components.items():
+        if name not in quantized:
+            has_safetensors = any(folder.glob("*.safetensors"))
+            ignore = shutil.ignore_patterns(*_LEFT_BEHIND) if has_safetensors else None
+            shutil.copytree(folder, to / name, ignore=ignore)

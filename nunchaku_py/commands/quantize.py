@@ -1,0 +1,193 @@
+"""`nunchaku-py quantize`: a pipeline or model folder in, the same folder with 4-bit linears out."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import NunchakuError
+from .output import Output
+from .sources import (
+    DENOISERS,
+    Source,
+    device_for,
+    load_model,
+    load_pipeline,
+    quiet_libraries,
+    weight_bytes,
+)
+
+SUMMARY = "quantize a pipeline or a model to 4 bits"
+DESCRIPTION = """\
+Quantize a diffusers pipeline (a folder with model_index.json) or one model (a folder with config.json) from disk.
+OUT_DIR becomes a complete pipeline or model folder that diffusers loads by itself; a name that ends in .safetensors
+becomes one file with the model alone. The report lies in it as report.txt, report.json and report.csv.
+
+Without --prompts no data is needed. With it, the pipeline runs on the prompts and the quantization is fitted to what
+the layers then see. Work is kept in OUT_DIR.partial: when interrupted, the same command goes on where it stopped."""
+EXAMPLES = """\
+  nunchaku-py quantize ./FLUX.1-dev ./FLUX.1-dev-int4
+  nunchaku-py quantize ./FLUX.1-dev ./FLUX.1-dev-nvfp4 --recipe svdquant-nvfp4 --prompts prompts.txt --states 32
+  nunchaku-py quantize ./FLUX.1-dev/transformer ./flux-int4.safetensors
+  nunchaku-py quantize ./model ./out --rule "*.ff.*=w4a16" --rule "blocks.0.*=keep"
+  nunchaku-py quantize ./FLUX.1-dev ./out --component transformer --component text_encoder_2=w4a16-int4
+"""
+_log = logging.getLogger("nunchaku_py")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL_DIR", help="a pipeline or model folder of 16- or 32-bit weights")
+    add("out", type=Path, metavar="OUT_DIR", help="a new folder, or a new file ending in .safetensors")
+    add("--recipe", default="svdquant-int4", metavar="NAME",
+        help="svdquant-int4 (default), svdquant-nvfp4, rtn-int4, rtn-nvfp4 or w4a16-int4")
+    add("--rank", type=int, metavar="R", help="rank of the 16-bit branch (default: the recipe's)")
+    add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"),
+        help="activations while calibrating with feedback; the file does not depend on the mode it is run in")
+    add("--rule", action="append", default=[], metavar="GLOB=CHOICE",
+        help="linears by name: w4a4, w4a16 or keep; may be repeated, a later rule overrides an earlier one")
+    add("--component", action="append", default=[], metavar="NAME[=RECIPE]",
+        help="which of a pipeline's models, each with its own recipe if named (default: the denoiser)")
+    add("--prompts", type=Path, metavar="FILE", 
+        help='calibrate on these, a prompt or {"prompt": …, "height": …} on each line')
+    add("--states", type=int, default=16, metavar="N", help="denoising states to calibrate on (default 16)")
+    add("--no-feedback", action="store_true", help="calibrate every block on what 16-bit blocks before it give")
+    add("--seed", type=int, default=0, help="of everything random (default 0)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute in this type (default: the file's 16-bit type)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
+    add("--overwrite", action="store_true", help="replace OUT_DIR if it is there")
+    add("--report", type=Path, metavar="DIR", help="write the report here too")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The arguments, understood."""
+
+    components: dict[str, str]  # name → recipe; "" is the model itself
+    rules: dict[str, str]
+    prompts: list[str | dict[str, Any]] | None
+    dtype: str
+
+
+def run(args: argparse.Namespace) -> int:
+    source = Source.of(args.model)
+    wanted = _wanted(args, source)
+    output = Output.at(args.out, args.model, args.overwrite)
+    source.check(list(source.models) if wanted.prompts else list(wanted.components))
+    output.open(_settings(args, wanted))
+    quiet_libraries(args.verbose)
+    try:
+        models, report = _quantized(args, source, wanted, output)
+        output.write(source, models, report)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(output.interrupted()) from None
+    finally:
+        output.tidy()
+    if args.report:
+        report.save(args.report)
+    print(report)
+    print(f"\nwritten: {args.out}")
+    return 0
+
+
+def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
+    from ..recipes import recipe_of
+
+    components = _components(args, source)
+    for recipe in components.values():
+        recipe_of(recipe)
+    if args.states < 1 or args.rank is not None and args.rank < 0:
+        raise NunchakuError(f"--states and --rank: expected numbers above 0, got {args.states} and {args.rank}")
+    if args.prompts is not None and source.index is None:
+        raise NunchakuError(f"{source.path}: prompts need a whole pipeline to run, this is a model alone")
+    if args.out.suffix == ".safetensors" and len(components) > 1:
+        raise NunchakuError(f"{args.out}: one file holds one model, {len(components)} components are to be quantized")
+    prompts = None if args.prompts is None else _prompts(args.prompts)
+    return Wanted(components, dict(_pair(rule, "--rule", "GLOB=CHOICE") for rule in args.rule), prompts,
+                  args.dtype or source.dtype(list(components)))
+
+
+def _components(args: argparse.Namespace, source: Source) -> dict[str, str]:
+    if source.index is None:
+        if args.component:
+            raise NunchakuError(f"--component: {source.path} is a model alone, only a pipeline has components")
+        return {"": args.recipe}
+    models = source.models
+    chosen = dict(_pair(text, "--component", "NAME", args.recipe) for text in args.component)
+    chosen = chosen or {name: args.recipe for name in DENOISERS if name in models}
+    unknown = [name for name in chosen if name not in models]
+    if unknown or not chosen:
+        what = f"component {unknown[0]!r}" if unknown else "transformer or unet"
+        raise NunchakuError(f"{source.path}: has no {what} with weights; it has {', '.join(models) or 'none at all'}")
+    return chosen
+
+
+def _pair(text: str, option: str, form: str, default: str | None = None) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=")
+    if not equals and default is not None:
+        return text, default
+    if not name or not value:
+        raise NunchakuError(f"{option}: expected {form}, got {text!r}")
+    return name, value
+
+
+def _prompts(path: Path) -> list[str | dict[str, Any]]:
+    """A line is a prompt, or a JSON object of arguments of the pipeline."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise NunchakuError(f"{path}: cannot be read: {error}") from error
+    if not any(lines):
+        raise NunchakuError(f"{path}: holds no prompts; expected one on a line")
+    return [_prompt(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line]
+
+
+def _prompt(line: str, where: str) -> str | dict[str, Any]:
+    if not line.startswith("{"):
+        return line
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise NunchakuError(f"{where}: starts like JSON but is none: {error}") from error
+
+
+def _settings(args: argparse.Namespace, wanted: Wanted) -> str:
+    """What unfinished work depends on, beyond what the blocks themselves remember."""
+    prompts = hashlib.sha256(json.dumps(wanted.prompts).encode()).hexdigest()[:16]
+    return json.dumps({"model": str(args.model.resolve()), "components": wanted.components, "rules": wanted.rules,
+                       "prompts": prompts if wanted.prompts else None, "dtype": wanted.dtype, "mode": args.mode})
+
+
+def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[dict[str, Any], Any]:
+    """(component → quantized model, report)"""
+    from ..quantize import quantize
+
+    target = _target(args, source, wanted)
+    held = {"": target} if source.index is None else target.components
+    report = quantize(
+        target, wanted.components.get("", args.recipe), wanted.prompts, args.mode, rank=args.rank, rules=wanted.rules,
+        components=None if source.index is None else wanted.components, states=args.states,
+        feedback=not args.no_feedback, work_dir=output.blocks, seed=args.seed)
+    return {name: held[name] for name in wanted.components}, report
+
+
+def _target(args: argparse.Namespace, source: Source, wanted: Wanted) -> Any:
+    """The whole pipeline where prompts run through it, else only the models to be quantized."""
+    names = list(source.models) if wanted.prompts else list(wanted.components)
+    device = device_for(args.device, sum(weight_bytes(source.components[name]) for name in names))
+    _log.info("loading %s in %s onto %s", ", ".join(filter(None, names)) or source.path, wanted.dtype, device)
+    if wanted.prompts:
+        return load_pipeline(source.path, wanted.dtype).to(device)
+    models = {name: load_model(source.components[name], wanted.dtype).to(device) for name in wanted.components}
+    return models[""] if source.index is None else _Models(models)
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Those models of a pipeline that are quantized, without the rest of it."""
+
+    components: dict[str, Any]

@@ -1,0 +1,162 @@
+"""What lies in a folder: a diffusers pipeline, a model, or neither; read from disk, never from the network."""
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import NunchakuError
+from .headers import Header, read_header
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_STORED = {"BF16": "bf16", "F16": "fp16", "F32": "bf16"}  # 32-bit files are run and quantized in 16 bit
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder that can be quantized or run. `index`: model_index.json of a pipeline, None for a model."""
+
+    path: Path
+    index: dict[str, Any] | None
+
+    @staticmethod
+    def of(path: Path) -> Source:
+        if not path.exists():
+            raise NunchakuError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            raise NunchakuError(f"{path}: expected the folder of a pipeline or model, this is a file")
+        if (path / "model_index.json").is_file():
+            return Source(path, read_json(path / "model_index.json"))
+        if (path / "config.json").is_file():
+            if not class_name(read_json(path / "config.json")):
+                raise NunchakuError(f"{path}/config.json: names no model class (_class_name or architectures)")
+            return Source(path, None)
+        raise NunchakuError(f"{path}: neither a pipeline (model_index.json) nor a model (config.json)")
+
+    @property
+    def components(self) -> dict[str, Path]:
+        """Name → folder of every part of a pipeline that is there; a model alone has the name ""."""
+        if self.index is None:
+            return {"": self.path}
+        named = [name for name, value in self.index.items() if isinstance(value, list) and value and value[0]]
+        return {name: self.path / name for name in named if (self.path / name).is_dir()}
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """The components that hold weights."""
+        return {name: folder for name, folder in self.components.items() if any(weight_files(folder))}
+
+    def check(self, names: Iterator[str] | list[str]) -> None:
+        """Refuse truncated or corrupted weights before anything is built from them."""
+        for name in names:
+            for file in sorted(self.components[name].glob("*.safetensors")):
+                read_header(file)
+
+    def dtype(self, names: list[str]) -> str:
+        """The 16-bit type most of the weights are stored in: "bf16" or "fp16"."""
+        stored: Counter[str] = Counter()
+        for name in names:
+            for file in self.components[name].glob("*.safetensors"):
+                for tensor in read_header(file).tensors.values():
+                    stored[tensor.dtype] += tensor.nbytes
+        known = [_STORED[dtype] for dtype, _ in stored.most_common() if dtype in _STORED]
+        return known[0] if known else "bf16"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return [file for suffix in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{suffix}"))]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of the safetensors files if there are any, else of the others."""
+    files = sorted(folder.glob("*.safetensors")) or weight_files(folder)
+    return sum(file.stat().st_size for file in files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NunchakuError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise NunchakuError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def class_name(config: dict[str, Any]) -> str:
+    return config.get("_class_name") or next(iter(config.get("architectures") or []), "")
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """What diffusers and transformers say of a folder they cannot load becomes a sentence that names it."""
+    try:
+        yield
+    except NunchakuError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        said = " ".join(str(error).split())
+        raise NunchakuError(f"{path}: cannot be loaded: {said or type(error).__name__}") from error
+
+
+def torch_dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, DTYPES[name])
+
+
+def load_model(folder: Path, dtype: str) -> Any:
+    """One model, in eval mode, on the CPU."""
+    from ..checkpoint.own import model_class
+
+    with loading(folder):
+        cls = model_class(read_json(folder / "config.json"), str(folder))
+        return cls.from_pretrained(folder, torch_dtype=torch_dtype(dtype), local_files_only=True).eval()
+
+
+def load_pipeline(folder: Path, dtype: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    with loading(folder):
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch_dtype(dtype), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def device_for(wanted: str, nbytes: int) -> str:
+    """"auto": the GPU where there is one with room for the weights and half as much again, else the CPU."""
+    import torch
+
+    if wanted != "auto":
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise NunchakuError(f"--device {wanted}: this PyTorch sees no CUDA device")
+        return wanted
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * nbytes:
+        return "cuda"
+    return "cpu"
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Progress bars and notices of the libraries, off unless asked for."""
+    if verbose:
+        return
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+__all__ = ["DENOISERS", "DTYPES", "Header", "Source", "class_name", "device_for", "load_model", "load_pipeline",
+           "loading", "quantization_of", "quiet_libraries", "read_json", "torch_dtype", "weight_bytes", "weight_files"]
