@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CSV, PAGE = ROOT / "benchmarks/results/quality_layer_table.csv", ROOT / "docs/quality.md"
 SEEDS, RANKS = range(5), (0, 16, 32, 64)
 GELU_SHIFT = 0.171875
-LABELS = {"smooth": "+ smoothing", "lowrank": "+ rank {rank}", "fit": "+ scale search", "gptq": "+ GPTQ", "refit": "+ refit"}
+LABELS = {"smooth": "+ smoothing", "lowrank": "+ rank {rank}", "fit": "+ scale search", "gptq": "+ GPTQ",
+          "refit": "+ refit"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def measure(size: int, seeds: Iterable[int] = SEEDS) -> list[Row]:
     rows: list[Row] = []
     for seed in seeds:
         for gelu in (False, True):
-            bench = Bench(layer(size, size, seed, gelu), gelu, seed)
+            bench = Bench(layer(size, size, seed, gelu, rows=4 * size), gelu, seed)
             for fmt in ("int4", "nvfp4"):
                 bench.ladder(fmt)
                 bench.data_free(fmt)
@@ -134,10 +135,11 @@ def summary(rows: list[Row]) -> list[dict[str, object]]:
 
 
 def markdown(rows: list[Row]) -> str:
-    lines = ["| input | format | rank | method | activations | error | ± | least – most |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| input | format | rank | method | activations | error % | ± | least – most |", "|---" * 8 + "|"]
     for s in summary(rows):
-        lines.append(f"| {s['site']} | {s['format']} | {s['rank']} | {s['method']} | {s['mode']} | {100 * s['error']:.2f} % | "
-                     f"{100 * s['std']:.2f} | {100 * s['least']:.2f} – {100 * s['most']:.2f} |")
+        mean, std, least, most = (f"{100 * s[name]:.2f}" for name in ("error", "std", "least", "most"))
+        cells = (s["site"], s["format"], s["rank"], s["method"], s["mode"], mean, std, f"{least} – {most}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

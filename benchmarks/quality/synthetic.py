@@ -19,7 +19,7 @@ class Layer(NamedTuple):
     held_out: Tensor  # (T',K): what errors are measured on, never shown to a method
 
 
-def layer(n: int, k: int, seed: int, gelu: bool = False, rows: int = 8192, held_out: int = 1024) -> Layer:
+def layer(n: int, k: int, seed: int, gelu: bool = False, rows: int = 4096, held_out: int = 1024) -> Layer:
     """Student-t (4 degrees) weights; inputs with a 1/√i spectrum and log-normal channel gains, or the GELU of such."""
     g = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(n, k, generator=g)

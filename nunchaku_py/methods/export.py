@@ -17,6 +17,8 @@ def export(work: Work, ctx: Context, biases: Sequence[Tensor | None] | None = No
     """One SiteTensors per name: codes, up and bias are its own rows, smooth and down = low/smooth are shared."""
     if work.residual is None:
         raise NunchakuError(f"{work.names[0]}: no step of the recipe has made codes (fit, or absmax, is missing)")
+    if not work.site.has_smooth and (work.smooth != 1).any():
+        raise NunchakuError(f"{work.names[0]}: a step has smoothed a weight-only site, which stores no smooth")
     shared = (work.smooth.to(ctx.scale_dtype) if work.site.has_smooth else None,
               (work.low / work.smooth).to(ctx.scale_dtype) if work.low.shape[0] else None)
     given = biases or [None] * len(work.names)

@@ -56,7 +56,7 @@ def smoothed_gram(work: Work) -> Tensor:
 
 
 def damping(work: Work, ctx: Context) -> float:
-    """Of the mean diagonal. What a Gram matrix of few rows says of K channels is mostly chance, so K/rows adds to it."""
+    """Share of the mean diagonal. What a Gram matrix of few rows says of K channels is mostly chance: K/rows adds."""
     return ctx.options.damping + ctx.options.scarcity * work.weight.shape[1] / max(work.stats.rows, 1)
 
 

@@ -19,7 +19,8 @@ def lowrank(work: Work, ctx: Context) -> None:
     best, kept, waited = float("inf"), factors, 0
     for _ in range(ctx.options.rounds):
         cost, following = alternate(work, ctx, factors, noise)
-        best, kept, waited = (cost, factors, 0) if cost < best else (best, kept, waited + 1)
+        waited = 0 if cost < best * (1 - ctx.options.gain) else waited + 1
+        best, kept = (cost, factors) if cost < best else (best, kept)
         if waited >= ctx.options.patience:
             break
         factors = following

@@ -17,6 +17,7 @@ from .work import Context, Work, round16, stage
 CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (0.3, 0.7), (0.4, 0.6), (0.5, 0.5), (0.6, 0.4),
               (0.7, 0.3), (0.8, 0.2), (0.9, 0.1))
 SPREAD = 2.0**10  # of s to either side of its geometric mean
+LARGEST = 2.0**14  # s and 1/s are normal numbers in fp16
 NVFP4_TOP = 64.0  # largest calibrated |x̂|: leaves e4m3 scales 40x above it and 500x below before they lose precision
 Score = Callable[[Work, Context], float]
 
@@ -24,7 +25,8 @@ Score = Callable[[Work, Context], float]
 @stage("rewrite")
 def smooth(work: Work, ctx: Context) -> None:
     """Sets smooth (K) to the candidate with the smallest J, which sees a one-shot branch and plain rounding inside."""
-    choose(work, ctx, analytic)
+    if work.site.has_smooth:  # a weight-only site stores no smooth
+        choose(work, ctx, analytic)
 
 
 def choose(work: Work, ctx: Context, score: Score) -> tuple[float, float]:
@@ -72,7 +74,7 @@ def factor(x_top: Tensor, w_top: Tensor, alpha: float, beta: float, work: Work, 
     if work.site.format == "nvfp4":
         top = (x_top / smooth)[alive].max().item()
         smooth = torch.where(alive, smooth * 2.0 ** math.ceil(math.log2(top / NVFP4_TOP)), 1.0)
-    return round16(smooth, ctx.scale_dtype)
+    return round16(smooth.clamp(1 / LARGEST, LARGEST), ctx.scale_dtype)
 
 
 def _input_absmax(work: Work) -> Tensor:

@@ -9,7 +9,8 @@ from .work import Context, Work, stage
 @stage("rewrite")
 def smooth_exact(work: Work, ctx: Context) -> None:
     """Sets smooth (K) to the candidate with the smallest ‖Y − Ŷ‖, branch and plain rounding inside."""
-    choose(work, ctx, exact)
+    if work.site.has_smooth:
+        choose(work, ctx, exact)
 
 
 def exact(work: Work, ctx: Context) -> float:

@@ -48,7 +48,8 @@ class Options:
     oversample: int = 8  # extra columns of a randomized SVD
     power: int = 2  # its power steps
     rounds: int = 30  # at most so many alternations of branch and rounding
-    patience: int = 2  # alternations without gain before stopping
+    gain: float = 0.004  # a round that takes less than this share off J is a lean one
+    patience: int = 2  # lean rounds before stopping
     search_rows: int = 2048  # output rows that the smoothing search looks at
     search_tokens: int = 512  # rows of the token sample that errors are measured on
     damping: float = 0.01  # of the mean diagonal of the Gram matrix, however many rows it saw
@@ -88,6 +89,9 @@ class Work:
         n, k = weight.shape
         if stats.absmax.shape != (k,) or stats.tokens.shape[1] != k:
             raise NunchakuError(f"{names[0]}: statistics are of {stats.absmax.shape[0]} channels, the weight has {k}")
+        for name, part in zip(names, weights, strict=True):
+            if not part.sum(dtype=torch.float32).isfinite() and not part.isfinite().all():
+                raise NunchakuError(f"{name}: the weight holds NaN or Inf")
         fresh = weight.new_ones(k, dtype=torch.float32)
         return Work(tuple(names), tuple(w.shape[0] for w in weights), weight, site, stats, fresh,
                     fresh.new_zeros(n, 0), fresh.new_zeros(0, k))

@@ -19,6 +19,13 @@ def test_chunks_cover_every_row_once():
     assert [(c.start, c.stop) for c in work.chunks()] == [(0, 4), (4, 8), (8, 9)]
 
 
+def test_a_weight_with_nan_is_refused_by_name():
+    work, _ = small()
+    bad = torch.full((8, 160), float("nan"))
+    with pytest.raises(NunchakuError, match="b: the weight holds NaN or Inf"):
+        Work.of(["a", "b"], [torch.zeros(8, 160), bad], work.site, work.stats)
+
+
 def test_statistics_of_another_width_are_refused():
     work, _ = small()
     with pytest.raises(NunchakuError, match="statistics are of 160 channels, the weight has 32"):
