@@ -114,7 +114,7 @@ def assemble(name: str, old: nn.Module, parts: Sequence[Part], dtype: torch.dtyp
     bias = _summed_bias(old, parts, dtype)
     split = parts[0][0].k_range is not None
     entry: Entry = tuple((unit.k_range, site) for unit, _, site in parts) if split else parts[0][2]
-    module = empty_module(name, old, entry, bias is not None, dtype)
+    module = empty_module(old, entry, bias is not None, dtype)
     targets = list(module.parts) if isinstance(module, SplitLinear) else [module]
     for target, (_, tensors, _) in zip(targets, parts, strict=True):
         tensors.bias = None if split else bias

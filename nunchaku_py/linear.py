@@ -230,8 +230,8 @@ class QuantizedSite(nn.Module):
         return f"{self.site.kind} {self.site.format} g{self.site.group}{rank}, mode={self.mode}"
 
 
-class QuantLinear(QuantizedSite, nn.Linear):
-    """A quantized nn.Linear; looks like one to diffusers and PEFT (in_features, out_features, weight, bias)."""
+class QuantPart(QuantizedSite):
+    """A quantized linear over some input columns of another. No nn.Linear: offload hooks take the whole linear."""
 
     def __init__(self, site: Site, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -249,6 +249,10 @@ class QuantLinear(QuantizedSite, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.describe()}"
+
+
+class QuantLinear(QuantPart, nn.Linear):
+    """A quantized nn.Linear; looks like one to diffusers and PEFT (in_features, out_features, weight, bias)."""
 
     def dense(self) -> nn.Linear:
         """A 16-bit nn.Linear with the same weights."""
@@ -300,7 +304,7 @@ class SplitLinear(nn.Linear):
         self.ranges = tuple((int(k0), int(k1)) for k0, k1 in ranges)
         _check_ranges(self.ranges)
         self.in_features, self.out_features = self.ranges[-1][1], out_features
-        self.parts = nn.ModuleList(QuantLinear(site, k1 - k0, out_features, False, dtype)
+        self.parts = nn.ModuleList(QuantPart(site, k1 - k0, out_features, False, dtype)
                                    for site, (k0, k1) in zip(sites, self.ranges, strict=True))
         meta = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False)
         self.register_parameter("bias", meta if bias else None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import capture_states
+from .calibrate import State, capture_states
 from .collect import SiteTap
 from .engine import Engine, Job, jobs_of
 from .errors import NunchakuError
@@ -23,7 +23,7 @@ from .progress import Progress
 from .recipes import Recipe, recipe_of
 from .replay import replay
 from .report import Report, SiteRow, merged
-from .resume import FinishedBlocks
+from .resume import FinishedBlocks, fingerprint
 from .site import MODES
 from .swap import Quantized, prepare, quantized_sites, replace_modules
 
@@ -62,20 +62,18 @@ def quantize_model(model: nn.Module, recipe: str | Recipe, data: Any, mode: str,
     """Quantize one model in place; `pipeline` is what runs prompts through it."""
     if mode != "auto" and mode not in MODES:
         raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
-    started = time.monotonic()
+    started, before = time.monotonic(), model_bytes(model)
     run = _prepare(model, recipe, rank, rules, seed, data is None)
-    before = model_bytes(model)
-    run.open(work_dir, states if data is not None else 0, feedback)
+    found = [] if data is None else capture_states(pipeline or model, model, data, states, seed=seed, show=progress)
+    run.open(work_dir, found, feedback)
     with torch.no_grad():
         if data is None:
             run.data_free(progress)
         else:
-            run.calibrated(data, pipeline, states, feedback, progress)
-    run.swap(mode)
-    report = run.report(before, time.monotonic() - started)
-    attach(model, report)
+            run.calibrated(found, feedback, progress)
+    report = run.finish(mode, before, started)
     if run.finished is not None:
-        run.finished.delete()
+        run.finished.delete(run.blocks)
     return report
 
 
@@ -83,6 +81,8 @@ def _prepare(model: nn.Module, recipe: str | Recipe, rank: int | None, rules: Ma
              data_free: bool) -> Run:
     recipe = recipe_of(recipe)
     planned = plan(model, recipe.kind, rules or {})
+    if not planned.units:
+        raise NunchakuError(f"{type(model).__name__}: the rules keep every linear in 16 bit\n{planned.table()}")
     dtype = model_dtype(model, planned)
     context = Context(scale_dtype=torch.float16 if dtype == torch.float16 else torch.bfloat16, seed=seed,
                       data_free=data_free, options=recipe.options)
@@ -106,13 +106,14 @@ class Run:
     notes: list[str] = field(default_factory=list)
     finished: FinishedBlocks | None = None
 
-    def open(self, work_dir: str | os.PathLike[str] | None, states: int, feedback: bool) -> None:
+    def open(self, work_dir: str | os.PathLike[str] | None, states: Sequence[State], feedback: bool) -> None:
+        """Look for finished blocks of the same run: the same model, recipe, options and calibration states."""
         if work_dir is None:
             return
         recipe, context = self.engine.recipe, self.engine.context
         settings = {"model": type(self.model).__name__, "recipe": recipe.name, "format": recipe.format,
                     "rank": self.engine.rank or recipe.rank, "options": repr(context.options), "seed": context.seed,
-                    "units": repr(self.plan.units), "states": states, "feedback": feedback}
+                    "units": repr(self.plan.units), "states": fingerprint(states), "feedback": feedback}
         self.finished = FinishedBlocks(work_dir, settings)
 
     @property
@@ -135,28 +136,31 @@ class Run:
                 self.quantize_block(block, {})
                 bar.advance(cost)
 
-    def calibrated(self, data: Any, pipeline: Any, states: int, feedback: bool, progress: bool | None) -> None:
+    def calibrated(self, states: Sequence[State], feedback: bool, progress: bool | None) -> None:
         """Replay a few captured forwards block by block; with feedback each block sees the quantized ones' output."""
-        found = capture_states(pipeline or self.model, self.model, data, states, seed=self.engine.context.seed,
-                               show=progress)
         blocks = {block: self.model.get_submodule(block) for block in self.blocks}
         undo: dict[str, nn.Module] = {}
         with Progress(sum(map(self.cost, blocks)), "quantizing", progress) as bar:
 
             def finish(block: str, stats: dict[Unit, Stats]) -> None:
+                self.note_uncalled(block, stats)
                 made = self.quantize_block(block, stats)
                 if feedback:
                     undo.update(replace_modules(self.model, made))
                 bar.advance(self.cost(block))
 
             try:
-                unreached = replay(self.model, blocks, found, self.taps_of, finish, feedback=feedback, progress=bar)
+                unreached = replay(self.model, blocks, states, self.taps_of, finish, feedback=feedback, progress=bar)
             except BaseException:
                 replace_modules(self.model, undo)
                 raise
         for block, reason in unreached.items():
             self.notes.append(f"{block}: {reason}, so it is quantized data-free")
             self.quantize_block(block, {})
+
+    def note_uncalled(self, block: str, stats: Mapping[Unit, Stats]) -> None:
+        self.notes += [f"{unit.names[0]}: no calibration forward calls it, so it is quantized data-free"
+                       for unit in self.taps_of(block) if unit not in stats]
 
     def taps_of(self, block: str) -> dict[Unit, SiteTap]:
         """The first member of each unit is listened to; nothing, where the finished block lies on disk."""
@@ -183,11 +187,22 @@ class Run:
         self.rows += known[1]
         return known[0]
 
-    def swap(self, mode: str) -> None:
-        replace_modules(self.model, self.modules)
-        prepare(self.model)
-        for site in quantized_sites(self.model):
-            site.set_mode(mode)
+    def finish(self, mode: str, before: int, started: float) -> Report:
+        """Put everything in place; if that fails or is interrupted, put everything back."""
+        for module in self.modules.values():
+            for site in quantized_sites(module):
+                site.set_mode(mode)
+        undo: dict[str, nn.Module] = {}
+        try:
+            undo.update(replace_modules(self.model, self.modules))
+            report = self.report(before, time.monotonic() - started)
+            attach(self.model, report)
+            prepare(self.model)
+        except BaseException:
+            replace_modules(self.model, undo)
+            unattach(self.model)
+            raise
+        return report
 
     def report(self, before: int, seconds: float) -> Report:
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
@@ -246,6 +261,18 @@ def attach(model: nn.Module, report: Report) -> None:
         from .transformers_hook import attach_text
 
         attach_text(model, report)
+
+
+def unattach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    if hasattr(model, "register_to_config"):
+        from .diffusers_hook import detach
+
+        detach(model)
+    elif hasattr(model, "config") and hasattr(model, "save_pretrained"):
+        from .transformers_hook import detach_text
+
+        detach_text(model)
 
 
 def model_bytes(model: nn.Module) -> int:

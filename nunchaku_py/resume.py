@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from .calibrate import State
 from .checkpoint.manifest import entry_from_json, entry_to_json
 from .errors import NunchakuError
 from .report import SiteRow
 from .swap import Entry, Quantized, empty_module, entry_of, fill_module, quantized_sites
 
-_SETTINGS = "settings.json"
+_SETTINGS = "unfinished.json"
 Finished = tuple[dict[str, Quantized], list[SiteRow]]
 
 
@@ -44,20 +46,23 @@ class FinishedBlocks:
             raise NunchakuError(f"{self.folder}: cannot be written: {error}") from error
 
     def has(self, block: str) -> bool:
-        return self._path(block).exists()
+        """Whether the block is there, whole; one cut short by a crash is removed, to be done again."""
+        path = self._path(block)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return bool(file.metadata())
+        except (SafetensorError, OSError):
+            path.unlink(missing_ok=True)
+            return False
 
     def read(self, block: str, originals: Mapping[str, nn.Module], dtype: torch.dtype) -> Finished | None:
         """The modules and rows of a finished block, or None. A block of other weights is refused."""
         path = self._path(block)
-        if not path.exists():
+        if not self.has(block):
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError):
-            path.unlink(missing_ok=True)  # cut short by a crash: the block is done again
-            return None
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         if meta["weights"] != checksum(originals):
             raise NunchakuError(f"{path}: was made from other weights than {block} has now; delete {self.folder}")
         entries = {name: entry_from_json(entry) for name, entry in json.loads(meta["sites"]).items()}
@@ -81,8 +86,9 @@ class FinishedBlocks:
             partial.unlink(missing_ok=True)
             raise NunchakuError(f"{path}: cannot be written: {error}") from error
 
-    def delete(self) -> None:
-        for file in [*self.folder.glob("*.safetensors"), self.folder / _SETTINGS]:
+    def delete(self, blocks: Iterable[str]) -> None:
+        """Remove what this run wrote, and the folder if nothing else is in it."""
+        for file in [*map(self._path, blocks), self.folder / _SETTINGS]:
             file.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -95,11 +101,22 @@ class FinishedBlocks:
 def _restore(name: str, old: nn.Module, entry: Entry, tensors: Mapping[str, torch.Tensor],
              dtype: torch.dtype) -> Quantized:
     own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-    module = empty_module(name, old, entry, "bias" in own, dtype)
+    module = empty_module(old, entry, "bias" in own, dtype)
     fill_module(module, own, name)
     for site in quantized_sites(module):
         site.compute_dtype = old.weight.dtype
     return module
+
+
+def fingerprint(states: Sequence[State]) -> str:
+    """Of everything the calibration forwards are called with."""
+    crc = 0
+    for leaf in tree_leaves([(state.args, state.kwargs) for state in states]):
+        if isinstance(leaf, torch.Tensor):
+            crc = zlib.crc32(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        else:
+            crc = zlib.crc32(repr(leaf).encode(), crc)
+    return f"{len(states)} states, {crc:08x}"
 
 
 def checksum(modules: Mapping[str, nn.Module]) -> str:

@@ -35,8 +35,9 @@ class Site:
             raise NunchakuError(f"site: kind is 'w4a4' or 'w4a16', not {self.kind!r}")
         if self.format not in ("int4", "uint4", "nvfp4"):
             raise NunchakuError(f"site: format is 'int4', 'uint4' or 'nvfp4', not {self.format!r}")
-        if self.group < 1 or self.rank < 0:
-            raise NunchakuError(f"site: group must be positive and rank at least 0, got {self.group} and {self.rank}")
+        if not (isinstance(self.group, int) and isinstance(self.rank, int)) or self.group < 1 or self.rank < 0:
+            raise NunchakuError(f"site: group must be an integer above 0 and rank one from 0 on, "
+                                f"got {self.group!r} and {self.rank!r}")
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Site:

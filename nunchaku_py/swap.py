@@ -23,17 +23,17 @@ def module_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_channels, module.in_channels
 
 
-def empty_module(name: str, old: nn.Module, entry: Entry, bias: bool, dtype: torch.dtype) -> Quantized:
+def empty_module(old: nn.Module, entry: Entry, bias: bool, dtype: torch.dtype) -> Quantized:
     """The quantized module for `entry` with the shape of `old`, its tensors on the meta device."""
     n, k = module_shape(old)
     if isinstance(entry, Site):
         build = QuantLinear if isinstance(old, nn.Linear) else QuantConv1x1
         return build(entry, k, n, bias, dtype)
     if not isinstance(old, nn.Linear):
-        raise NunchakuError(f"{name}: only linears have K-parts, this is {type(old).__name__}")
+        raise NunchakuError(f"only linears have K-parts, this is {type(old).__name__}")
     module = SplitLinear([site for _, site in entry], [k_range for k_range, _ in entry], n, bias, dtype)
     if module.in_features != k:
-        raise NunchakuError(f"{name}: k_range of the parts ends at {module.in_features}, the linear has {k} inputs")
+        raise NunchakuError(f"k_range of the parts ends at {module.in_features}, the linear has {k} inputs")
     return module
 
 
@@ -103,12 +103,12 @@ def dequantize(model: nn.Module) -> nn.Module:
     """A copy of the model with 16-bit linears of the same weights."""
     import copy
 
-    from .diffusers_hook import detach
+    from .quantize import unattach
 
     out = copy.deepcopy(denoiser_of(model))
     for name, module in quantized_modules(out).items():
         replace_module(out, name, module.dense())
-    detach(out)
+    unattach(out)
     return out
 
 

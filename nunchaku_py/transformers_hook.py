@@ -46,6 +46,14 @@ class TextSVDQuantizer(HfQuantizer):
         return model
 
 
+def detach_text(model: nn.Module) -> None:
+    """Undo `attach_text`."""
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    model.is_quantized = False
+
+
 def attach_text(model: nn.Module, report: Any) -> None:
     """Make a text encoder whose linears were swapped in place a quantized model in transformers' eyes."""
     config = TextSVDQuantConfig()

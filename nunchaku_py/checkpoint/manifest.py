@@ -75,7 +75,10 @@ class Manifest:
             bias = old.bias is not None if known is None else f"{name}.bias" in known
             if old.bias is not None and not bias:
                 raise NunchakuError(f"{source}: {name}.bias is missing")
-            replace_module(model, name, empty_module(name, old, entry, bias, self.dtype))
+            try:
+                replace_module(model, name, empty_module(old, entry, bias, self.dtype))
+            except NunchakuError as error:
+                raise NunchakuError(f"{source}: {name}: {error}") from error
 
 
 def manifest_of(model: nn.Module, recipe: str = "", groups: Iterable[Iterable[str]] = (),
@@ -91,6 +94,8 @@ def manifest_of(model: nn.Module, recipe: str = "", groups: Iterable[Iterable[st
 
 
 def entry_from_json(entry: dict[str, Any]) -> Entry:
+    if not isinstance(entry, dict):
+        raise NunchakuError(f"expected a table of fields, got {entry!r}")
     if "parts" not in entry:
         return Site.from_json(entry)
     if set(entry) != {"parts"}:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,20 +74,26 @@ def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     if quantization.get("quant_method") != QUANT_METHOD:
         raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
                             f"(quant_method is {quantization.get('quant_method')!r})")
-    kwargs = {"torch_dtype": dtype} if dtype is not None else {}
-    model = model_class(config, str(path)).from_pretrained(path, **kwargs)
-    return _in_mode(model, mode)
+    return _in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
 
 
 def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
     from diffusers import DiffusionPipeline
 
-    kwargs = {"torch_dtype": dtype} if dtype is not None else {}
-    pipe = DiffusionPipeline.from_pretrained(path, **kwargs)
+    pipe = _from_pretrained(DiffusionPipeline, path, dtype)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             _in_mode(component, mode)
     return pipe
+
+
+def _from_pretrained(cls: Any, path: Path, dtype: torch.dtype | None) -> Any:
+    """diffusers' or transformers' own reader; its refusals become sentences that name the folder."""
+    try:
+        return cls.from_pretrained(path, **({} if dtype is None else {"torch_dtype": dtype}))
+    except (ValueError, OSError, RuntimeError) as error:
+        named = isinstance(error, NunchakuError) and str(path) in str(error)
+        raise error if named else NunchakuError(f"{path}: {error}") from error
 
 
 def _in_mode(model: nn.Module, mode: str) -> nn.Module:
@@ -180,6 +187,20 @@ def _write_single(model: nn.Module, path: Path) -> None:
     if shared:
         metadata["shared"] = json.dumps(shared, sort_keys=True)
     save_file(tensors, path, metadata=metadata)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in the order of a hash map; the same model must give the same bytes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:
+            raise NunchakuError(f"{path}: the header does not fit its place after sorting")
+        file.seek(8)
+        file.write(text)
 
 
 def _without_shared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -217,20 +238,20 @@ def _publish(partial: Path, path: Path) -> None:
     if partial.is_file() or not path.exists():
         os.replace(partial, path)
         return
-    for file in sorted(partial.rglob("*")):
-        target = path / file.relative_to(partial)
-        if file.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            os.replace(file, target)
-            if file.suffix == ".safetensors":
-                _remove_other_shards(target, partial / file.relative_to(partial).parent)
+    written = [path / file.relative_to(partial) for file in sorted(partial.rglob("*")) if file.is_file()]
+    for target in written:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / target.relative_to(path), target)
+    for target in written:
+        if target.suffix == ".safetensors":
+            _remove_other_shards(target, written)
 
 
-def _remove_other_shards(written: Path, new: Path) -> None:
-    stem = written.stem.split("-")[0]
-    for old in written.parent.glob(f"{stem}*.safetensors*"):
-        if old != written and not (new / old.name).exists() and old.stat().st_mtime_ns < written.stat().st_mtime_ns:
+def _remove_other_shards(target: Path, written: list[Path]) -> None:
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", target.stem)
+    ours = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    for old in list(target.parent.iterdir()):
+        if ours.fullmatch(old.name) and old not in written:
             old.unlink()
 
 
