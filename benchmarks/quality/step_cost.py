@@ -72,11 +72,14 @@ def main() -> None:
     quantize(torch.randn(256, 256).bfloat16(), args.format, 16)  # loads what torch loads lazily
     weight = torch.empty(args.out, args.width, dtype=torch.bfloat16).normal_(std=0.02)
     before = resident()
+    busy = time.process_time()
     with Peak() as peak:
         seconds = quantize(weight, args.format, args.rank)
+    busy = time.process_time() - busy
     copies = (peak.top - before) / weight.nbytes
-    print(f"{args.format} {args.out}x{args.width} rank {args.rank}: {sum(seconds.values()):.2f} s, peak extra memory "
-          f"{copies:.2f} copies of the layer in 16 bit ({copies / 2:.2f} in 32 bit)")
+    print(f"{args.format} {args.out}x{args.width} rank {args.rank}, {torch.get_num_threads()} threads: "
+          f"{sum(seconds.values()):.2f} s ({busy:.2f} s of CPU), peak extra memory {copies:.2f} copies of the layer "
+          f"in 16 bit ({copies / 2:.2f} in 32 bit)")
     print("  " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
 
 
