@@ -95,6 +95,10 @@ def _stored_site(model: nn.Module, parameter: str) -> tuple[Any, str] | None:
 def attach_config(model: nn.Module, config: ConfigFields, report: Any) -> None:
     """Make a model whose linears were swapped in place a quantized model in diffusers' eyes: it saves and reloads."""
     config.describe(manifest_of(model, report.recipe, report.groups, report.summary()), report.model_dtype)
+    mark_quantized(model, config)
+
+
+def mark_quantized(model: nn.Module, config: ConfigFields) -> None:
     model.register_to_config(quantization_config=config)
     model.hf_quantizer = SVDQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, config.quant_method

@@ -37,7 +37,9 @@ class QuantizedSite(nn.Module):
     _is_hf_initialized = True
 
     def _declare(self, site: Site, n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
-        self.site, self.rows_out, self.rows_in, self.compute_dtype = site, n, k, dtype
+        self.site, self.rows_out, self.rows_in = site, n, k
+        self.file_dtype = dtype  # 16 bit, of the stored tensors: casting the module never changes it
+        self.compute_dtype = dtype
         self.requested_mode: str = "auto"
         self.mode: Mode | None = None
         self.input_key: tuple[str, str] | None = None
@@ -54,13 +56,6 @@ class QuantizedSite(nn.Module):
         """Name → (shape, dtype) the file must hold; the bias may also be 32 bit."""
         has_bias = self._parameters.get("bias") is not None
         return self.site.tensors(self.rows_out, self.rows_in, has_bias, self.file_dtype)
-
-    @property
-    def file_dtype(self) -> torch.dtype:
-        """The 16-bit dtype of the stored tensors; `.to(dtype)` never changes it."""
-        stored = self._parameters.get("smooth")
-        stored = self._parameters["scales"] if stored is None else stored
-        return torch.bfloat16 if stored.dtype == torch.float8_e4m3fn else stored.dtype
 
     def set_tensor(self, name: str, tensor: Tensor, label: str | None = None) -> None:
         """Put one canonical tensor in place, refusing in a sentence what does not fit."""

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import NunchakuError
 from ..linear import QuantizedSite, SplitLinear
 from .manifest import QUANT_METHOD, Manifest
-from .validate import check_file, check_keys, check_loaded, is_quantized, split_parameter
+from .validate import check_keys, check_loaded, is_quantized, split_parameter, stored_keys
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> Path:
@@ -43,7 +43,7 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
     if not path.is_dir():
         raise NunchakuError(f"{path}: no such file or folder")
     for file in sorted(path.rglob("*.safetensors")):
-        check_file(file)
+        stored_keys(file)
     if (path / "model_index.json").is_file():
         return _read_pipeline(path, mode, dtype)
     return _read_folder(path, mode, dtype)
@@ -105,7 +105,7 @@ def _in_mode(model: nn.Module, mode: str) -> nn.Module:
 
 
 def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
-    check_file(path)
+    stored_keys(path)
     with safe_open(path, framework="pt") as file:
         config = _config_of(file.metadata(), path)
         manifest = Manifest.from_json(config["quantization_config"], str(path))
@@ -161,13 +161,14 @@ def _put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | 
 
 
 def _attach_stored(model: nn.Module, quantization: dict[str, Any]) -> None:
-    from ..diffusers_hook import SVDQuantConfig, SVDQuantizer
-
-    config = SVDQuantConfig.from_dict(quantization)
     if hasattr(model, "register_to_config"):
-        model.register_to_config(quantization_config=config)
-        model.hf_quantizer = SVDQuantizer(config, pre_quantized=True)
-        model.is_quantized, model.quantization_method = True, config.quant_method
+        from ..diffusers_hook import SVDQuantConfig, mark_quantized
+
+        mark_quantized(model, SVDQuantConfig.from_dict(quantization))
+    else:
+        from ..transformers_hook import TextSVDQuantConfig, mark_text_quantized
+
+        mark_text_quantized(model, TextSVDQuantConfig.from_dict(quantization))
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -73,11 +73,11 @@ def check_finite(site: QuantizedSite, label: str) -> None:
         raise NunchakuError(f"{label}.smooth: must be positive")
 
 
-def check_file(path: Path) -> None:
-    """Open a safetensors file, so that a truncated or corrupted one is refused before anything is built."""
+def stored_keys(path: str | Path) -> list[str]:
+    """The tensor names of a safetensors file; a truncated or corrupted one is refused before anything is built."""
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            return list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise NunchakuError(f"{path}: not a readable safetensors file: {error}") from error
 
