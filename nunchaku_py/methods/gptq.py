@@ -39,6 +39,9 @@ def gptq(work: Work, ctx: Context) -> None:
 
 
 def _possible(work: Work, ctx: Context) -> bool:
+    """Whether a Gram matrix says enough. A W4A16 site (few rows: one per image and step) may do without, W4A4 not."""
+    if work.stats.gram is None and work.site.kind == "w4a16":
+        return False
     if work.stats.gram is None:
         raise NunchakuError(f"{work.names[0]}: gptq needs the Gram matrix of the input, which was not collected")
     if work.site.format == "uint4":

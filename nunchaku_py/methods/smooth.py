@@ -30,8 +30,10 @@ def smooth(work: Work, ctx: Context) -> None:
 
 
 def choose(work: Work, ctx: Context, score: Score) -> tuple[float, float]:
-    """Sets smooth to the best (α, β) by a score of a work; returns it."""
+    """Sets smooth to the best (α, β) by a score of a work; returns it. A site that stores no smooth keeps 1."""
     check_rank(work)
+    if not work.site.has_smooth:
+        return CANDIDATES[0]
     tops = work.stats.absmax.float(), _input_absmax(work)
     trial = replace(work, weight=_sample_rows(work.weight, ctx.options.search_rows), residual=None)
     found = []

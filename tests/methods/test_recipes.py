@@ -28,6 +28,13 @@ def test_every_recipe_runs_and_repeats_bit_for_bit(name, gelu, data_free):
     assert torch.equal(first.residual.codes, second.residual.codes) and torch.equal(first.up, second.up)
 
 
+def test_w4a16_sites_pass_through_the_steps_of_w4a4_recipes():
+    work, _ = small(rank=0, rows=50)
+    work.site, work.stats.gram = dataclasses.replace(work.site, kind="w4a16"), None
+    run(RECIPES["svdquant-int4"].steps, work, CTX)
+    assert torch.equal(work.smooth, torch.ones(160)) and work.errors["fit"] == work.errors["refit"] < 0.12
+
+
 def test_steps_out_of_order_are_refused():
     with pytest.raises(NunchakuError, match=r"got fit \(fit\), lowrank \(factor\)"):
         Recipe("odd", "int4", "w4a4", 8, (fit, lowrank), ())
