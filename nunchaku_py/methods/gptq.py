@@ -27,11 +27,8 @@ def gptq(work: Work, ctx: Context) -> None:
     if not _possible(work, ctx):
         return
     residual = work.residual or quantize_remainder(work, ctx, search=False)
-    gram = smoothed_gram(work)
-    gram.diagonal().add_(noise_of(work, ctx).rounding)  # (R−Q) multiplies the rounding noise of the input as well
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_factor(gram[order][:, order], damping(work, ctx), work.names[0])
-    columns = gram.new_empty(gram.shape[0], work.weight.shape[0])
+    order, upper = ordered_factor(work, ctx)
+    columns = upper.new_empty(upper.shape[0], work.weight.shape[0])
     for rows in work.chunks():
         columns[:, rows] = work.remainder(rows).T[order]
     sweep(columns, torch.empty_like(columns), Grid.of(residual, order), upper, 0)
@@ -53,6 +50,15 @@ def _possible(work: Work, ctx: Context) -> bool:
     return enough
 
 
+def ordered_factor(work: Work, ctx: Context) -> tuple[Tensor, Tensor]:
+    """Channels from the strongest to the weakest, and U in that order."""
+    gram = smoothed_gram(work)
+    gram.diagonal().add_(noise_of(work, ctx).rounding)  # (R−Q) multiplies the rounding noise of the input as well
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    gram = gram[order[:, None], order]
+    return order, inverse_factor(gram, damping(work, ctx), work.names[0])
+
+
 def smoothed_gram(work: Work) -> Tensor:
     """Ĥ = diag(1/s)·H·diag(1/s), a new tensor."""
     return (work.stats.gram / work.smooth).float().div_(work.smooth[:, None])
@@ -67,12 +73,16 @@ def inverse_factor(gram: Tensor, share: float, name: str) -> Tensor:
     """Upper U with (H + λI)⁻¹ = UᵀU, λ = share·mean diag, by one Cholesky of the flipped matrix.
 
     If that fails, it is tried again with more damping."""
-    mean = gram.diagonal().mean().clamp_min(1e-30).item()
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    unit, added = share * gram.diagonal().mean().clamp_min(1e-30).item(), 0.0
+    flipped = gram.flip(0, 1)
     for attempt in range(RETRIES):
-        lower, failed = torch.linalg.cholesky_ex((gram + eye * (share * mean * 10**attempt)).flip(0, 1))
+        flipped.diagonal().add_(unit * 10**attempt - added)
+        added = unit * 10**attempt
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed.item() and lower.isfinite().all():
-            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            del flipped  # K×K matrices are what this costs
+            eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
     raise NunchakuError(f"{name}: the Gram matrix of the input is not positive definite, or not finite, even with "
                         f"damping {share * 10 ** (RETRIES - 1):g}")
 
