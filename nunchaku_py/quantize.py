@@ -64,6 +64,7 @@ def quantize_model(model: nn.Module, recipe: str | Recipe, data: Any, mode: str,
         raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
     started, before = time.monotonic(), model_bytes(model)
     run = _prepare(model, recipe, rank, rules, seed, data is None)
+    run.mode = mode
     found = [] if data is None else capture_states(pipeline or model, model, data, states, seed=seed, show=progress)
     run.open(work_dir, found, feedback)
     with torch.no_grad():
@@ -71,7 +72,7 @@ def quantize_model(model: nn.Module, recipe: str | Recipe, data: Any, mode: str,
             run.data_free(progress)
         else:
             run.calibrated(found, feedback, progress)
-    report = run.finish(mode, before, started)
+    report = run.finish(before, started)
     if run.finished is not None:
         run.finished.delete(run.blocks)
     return report
@@ -105,6 +106,7 @@ class Run:
     rows: list[SiteRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     finished: FinishedBlocks | None = None
+    mode: str = "auto"
 
     def open(self, work_dir: str | os.PathLike[str] | None, states: Sequence[State], feedback: bool) -> None:
         """Look for finished blocks of the same run: the same model, recipe, options and calibration states."""
@@ -113,7 +115,8 @@ class Run:
         recipe, context = self.engine.recipe, self.engine.context
         settings = {"model": type(self.model).__name__, "recipe": recipe.name, "format": recipe.format,
                     "rank": self.engine.rank or recipe.rank, "options": repr(context.options), "seed": context.seed,
-                    "units": repr(self.plan.units), "states": fingerprint(states), "feedback": feedback}
+                    "units": repr(self.plan.units), "states": fingerprint(states), "feedback": feedback,
+                    "mode": self.mode if feedback else "any"}
         self.finished = FinishedBlocks(work_dir, settings)
 
     @property
@@ -183,15 +186,15 @@ class Run:
             known = modules, rows
             if self.finished is not None:
                 self.finished.write(block, originals, known)
+        for module in known[0].values():
+            for site in quantized_sites(module):
+                site.set_mode(self.mode)
         self.modules |= known[0]
         self.rows += known[1]
         return known[0]
 
-    def finish(self, mode: str, before: int, started: float) -> Report:
+    def finish(self, before: int, started: float) -> Report:
         """Put everything in place; if that fails or is interrupted, put everything back."""
-        for module in self.modules.values():
-            for site in quantized_sites(module):
-                site.set_mode(mode)
         undo: dict[str, nn.Module] = {}
         try:
             undo.update(replace_modules(self.model, self.modules))
