@@ -58,7 +58,10 @@ def test_demo_end_to_end(tmp_path: Path, capsys):
     assert len(rows) == 15 and all(row["same_bits_after_reload"] == "same bits" for row in rows)
     assert all(0 < float(row["error"]) < 1 and float(row["smaller"]) > 1.5 for row in rows)
     error = {(row["variant"], row["mode"]): float(row["error"]) for row in rows}
-    assert error["svdquant-int4-data-free", "a4"] < error["rtn-int4-data-free", "a4"]
+    for mode in ("a4", "a8", "a16"):
+        assert error["svdquant-int4-data-free", mode] < error["rtn-int4-data-free", mode]
+        for recipe in ("svdquant-int4", "svdquant-nvfp4"):
+            assert error[f"{recipe}-calibrated", mode] < error[f"{recipe}-data-free", mode]
     assert len(list((tmp_path / "demo/images").glob("*.png"))) == 16
 
 

@@ -22,9 +22,9 @@ TAIL = 4.0  # degrees of freedom of the weights' Student t
 class Size:
     """The extents of a miniature; rotary axes need heads of 64."""
 
-    heads: int = 8
+    heads: int = 6
     double: int = 1
-    single: int = 2
+    single: int = 1
     text: int = 128
     pooled: int = 64
     vae: int = 32
@@ -35,7 +35,7 @@ class Size:
 
 
 DEMO = Size()
-TINY = Size(heads=2, single=1, text=64, pooled=32, vae=16)
+TINY = Size(heads=2, text=64, pooled=32, vae=16)
 
 
 def flux_pipeline(size: Size = DEMO, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
