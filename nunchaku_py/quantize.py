@@ -95,7 +95,7 @@ def _prepare(model: nn.Module, recipe: str | Recipe, rank: int | None, rules: Ma
 
 @dataclass
 class Run:
-    """One model on its way; `modules` gathers the quantized ones until everything is there."""
+    """One model on its way; `modules` gathers the quantized ones, `originals` what they replace."""
 
     model: nn.Module
     engine: Engine
@@ -103,6 +103,7 @@ class Run:
     jobs: list[Job]
     dtype: torch.dtype
     modules: dict[str, Quantized] = field(default_factory=dict)
+    originals: dict[str, nn.Module] = field(default_factory=dict)
     rows: list[SiteRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     finished: FinishedBlocks | None = None
@@ -142,20 +143,19 @@ class Run:
     def calibrated(self, states: Sequence[State], feedback: bool, progress: bool | None) -> None:
         """Replay a few captured forwards block by block; with feedback each block sees the quantized ones' output."""
         blocks = {block: self.model.get_submodule(block) for block in self.blocks}
-        undo: dict[str, nn.Module] = {}
         with Progress(sum(map(self.cost, blocks)), "quantizing", progress) as bar:
 
             def finish(block: str, stats: dict[Unit, Stats]) -> None:
                 self.note_uncalled(block, stats)
                 made = self.quantize_block(block, stats)
                 if feedback:
-                    undo.update(replace_modules(self.model, made))
+                    replace_modules(self.model, made)
                 bar.advance(self.cost(block))
 
             try:
                 unreached = replay(self.model, blocks, states, self.taps_of, finish, feedback=feedback, progress=bar)
             except BaseException:
-                replace_modules(self.model, undo)
+                replace_modules(self.model, self.originals)
                 raise
         for block, reason in unreached.items():
             self.notes.append(f"{block}: {reason}, so it is quantized data-free")
@@ -189,20 +189,20 @@ class Run:
         for module in known[0].values():
             for site in quantized_sites(module):
                 site.set_mode(self.mode)
+        self.originals |= originals
         self.modules |= known[0]
         self.rows += known[1]
         return known[0]
 
     def finish(self, before: int, started: float) -> Report:
         """Put everything in place; if that fails or is interrupted, put everything back."""
-        undo: dict[str, nn.Module] = {}
         try:
-            undo.update(replace_modules(self.model, self.modules))
+            replace_modules(self.model, self.modules)
             report = self.report(before, time.monotonic() - started)
             attach(self.model, report)
             prepare(self.model)
         except BaseException:
-            replace_modules(self.model, undo)
+            replace_modules(self.model, self.originals)
             unattach(self.model)
             raise
         return report
