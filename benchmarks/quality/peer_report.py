@@ -62,15 +62,26 @@ def grouped(rows: Iterable[Row], ours: bool) -> dict[tuple[str, str], list[Row]]
 
 
 def best_fit(rows: list[Row], peer: list[Row], data_free: bool) -> list[Row]:
-    """Of our shipped recipes, each at its largest rank within the peer's bytes, the one with the least mean error."""
+    """Of our recipes, each at its largest rank within the peer's bytes, the one with the least mean error.
+
+    Settings that no recipe ships stand in only where nothing else fits."""
     fits: dict[str, list[Row]] = {}
+    others: list[list[Row]] = []
     for (method, settings), found in grouped(rows, ours=True).items():
         kept = [row for row in found if row["mode"] == "a16" and (row["data"] == "data-free") == data_free
                 and row["bytes"] <= peer[0]["bytes"]]
-        full = {row["seed"] for row in kept} >= {row["seed"] for row in peer}
-        if full and "no recipe" not in settings and kept[0]["rank"] >= fits.get(method, kept)[0]["rank"]:
+        if not {row["seed"] for row in kept} >= {row["seed"] for row in peer}:
+            continue
+        if not shipped(settings):
+            others.append(kept)
+        elif kept[0]["rank"] >= fits.get(method, kept)[0]["rank"]:
             fits[method] = kept
-    return min(fits.values(), key=lambda found: statistics.mean(row["output_error"] for row in found), default=[])
+    return min(fits.values() or others, key=lambda found: statistics.mean(row["output_error"] for row in found),
+               default=[])
+
+
+def shipped(settings: str) -> bool:
+    return "no recipe" not in settings
 
 
 def comparison(peer: list[Row], ours: list[Row]) -> str:
@@ -108,8 +119,10 @@ def in_modes(rows: list[Row]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- the plot
 LINES = {("svdquant-int4", True): ("C0", "--"), ("svdquant-int4", False): ("C0", "-"),
          ("svdquant-nvfp4", True): ("C2", "--"), ("svdquant-nvfp4", False): ("C2", "-")}
+ALONE = {"w4a16-int4": ("k", "*"), "svdquant-int4": ("C0", "X")}  # settings that are no point of a curve
 MARKS = {"sdnq uint4": ("C3", "s"), "bitsandbytes NF4": ("C1", "^"), "torchao NF4": ("C4", "v"),
          "torchao int4": ("C5", "D")}
+LETTER_PLACES = ((9, -3), (-14, -3), (9, 5), (-14, 5), (9, -11), (-14, -11))
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -121,18 +134,19 @@ def plot(rows: list[Row], path: Path) -> None:
 
     first = rows[0]["layer"]
     shown = [row for row in rows if row["layer"] == first and row["mode"] == "a16" and row["output_error"] is not None]
-    figure, axes = pyplot.subplots(figsize=(9.5, 6), dpi=110)
+    figure, axes = pyplot.subplots(figsize=(10.5, 6.5), dpi=100)
     draw_ours(axes, shown)
     draw_peers(axes, shown)
     axes.set_yscale("log")
-    ticks = (3, 4, 5, 6, 8, 10, 12, 15)
-    axes.set_yticks(ticks, [f"{tick} %" for tick in ticks])
+    ticks = (2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20)
+    axes.set_yticks(ticks, [f"{tick:g} %" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.set_xlabel("bits per weight, everything stored counted, bias excluded")
     axes.set_ylabel("relative output error on held-out tokens, 16-bit activations")
     axes.set_title(f"{first}, heavy-tailed weights, 1 % of channels 30× larger")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
+                title="* no recipe ships it", title_fontsize=7.5)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
@@ -140,28 +154,37 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def draw_ours(axes: Any, rows: list[Row]) -> None:
     for (method, data_free), (colour, style) in LINES.items():
-        found = [row for row in rows if row["method"] == method and (row["data"] == "data-free") == data_free]
+        found = [row for row in rows if row["method"] == method and shipped(row["settings"])
+                 and (row["data"] == "data-free") == data_free]
         curve = sorted((row for row in found if row["seed"] == 0), key=lambda row: row["rank"])
-        label = f"{method}, {curve[0]['data']}"
-        axes.plot(*points(curve), color=colour, linestyle=style, marker="o", markersize=5, label=label)
+        axes.plot(*points(curve), color=colour, linestyle=style, marker="o", markersize=5,
+                  label=f"{method}, {curve[0]['data']}; numbers are ranks")
         axes.plot(*points(row for row in found if row["seed"]), "o", color=colour, markersize=3, alpha=0.3)
         for row in curve:
             axes.annotate(row["rank"], (row["bits_per_weight"], 100 * row["output_error"]), fontsize=7, color=colour,
                           xytext=(0, 5), textcoords="offset points", ha="center")
-    for data_free, face in ((True, "none"), (False, "k")):
-        found = [row for row in rows if row["method"] == "w4a16-int4" and (row["data"] == "data-free") == data_free]
-        axes.plot(*points(row for row in found if row["seed"] == 0), "*", color="k", markerfacecolor=face,
-                  markersize=10, label=f"w4a16-int4 (groups of 128, 64), {found[0]['data']}")
+    for (method, settings), found in grouped(rows, ours=True).items():
+        if method == "w4a16-int4" or not shipped(settings):
+            draw_alone(axes, method, settings.replace(" (no recipe ships it)", " *"), found)
+
+
+def draw_alone(axes: Any, method: str, settings: str, rows: list[Row]) -> None:
+    colour, shape = ALONE[method]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        face = "none" if data == "data-free" else colour
+        axes.plot(*points(row for row in rows if row["data"] == data and row["seed"] == 0), shape, color=colour,
+                  markerfacecolor=face, markersize=9, label=f"{method} {settings}, {data}")
 
 
 def draw_peers(axes: Any, rows: list[Row]) -> None:
-    for (method, settings), found in grouped(rows, ours=False).items():
-        colour, shape = MARKS[method]
-        same = [key for key in grouped(rows, ours=False) if key[0] == method]
-        shade = 1.0 - 0.8 * same.index((method, settings)) / max(len(same), 1)
-        axes.plot(*points(row for row in found if row["seed"] == 0), shape, color=colour, markersize=8, alpha=shade,
-                  linestyle="none", label=f"{method}, {settings}")
+    for place, ((method, settings), found) in enumerate(grouped(rows, ours=False).items()):
+        (colour, shape), letter = MARKS[method], chr(ord("a") + place)
+        first = next(row for row in found if row["seed"] == 0)
+        axes.plot(*points([first]), shape, color=colour, markersize=7, alpha=0.8, linestyle="none",
+                  label=f"{letter}: {method}, {settings}")
         axes.plot(*points(row for row in found if row["seed"]), shape, color=colour, markersize=3, alpha=0.3)
+        axes.annotate(letter, (first["bits_per_weight"], 100 * first["output_error"]), fontsize=8, color=colour,
+                      xytext=LETTER_PLACES[place % len(LETTER_PLACES)], textcoords="offset points")
 
 
 def points(rows: Iterable[Row]) -> tuple[list[float], list[float]]:

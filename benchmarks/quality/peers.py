@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -90,11 +91,12 @@ class Ours:
     recipe: str
     rank: int
     data_free: bool
-    group: int | None = None  # of a weight-only site, other than the recipe's own
+    group: int | None = None  # other than the recipe's own
 
     @property
     def settings(self) -> str:
-        return f"rank {self.rank}" if self.group is None else f"group {self.group} (no recipe ships it)"
+        plain = f"rank {self.rank}"
+        return plain if self.group is None else f"{plain}, group {self.group} (no recipe ships it)"
 
 
 class Bench:
@@ -149,20 +151,20 @@ class Bench:
         recipe, linear = recipe_of(ours.recipe), self.linear()
         unit = Unit((NAME,), recipe.kind, self.shape.gelu)
         context = Context(seed=self.seed, data_free=ours.data_free, options=recipe.options)
+        engine = Engine(recipe, context, ours.rank)
         if ours.group is not None:
-            return self.regrouped(ours, linear, unit, context)
+            return self.regrouped(engine, unit, linear, ours)
         stats = {} if ours.data_free else {unit: self.stats}
-        modules, _ = Engine(recipe, context, ours.rank).run(Job("", (NAME,), (unit,)), {NAME: linear}, stats)
+        modules, _ = engine.run(Job("", (NAME,), (unit,)), {NAME: linear}, stats)
         return modules[NAME]
 
-    def regrouped(self, ours: Ours, linear: nn.Linear, unit: Unit, context: Context) -> QuantLinear:
-        """A weight-only site with groups of another size, by the steps of its recipe."""
-        recipe = recipe_of(ours.recipe)
+    def regrouped(self, engine: Engine, unit: Unit, linear: nn.Linear, ours: Ours) -> QuantLinear:
+        """What the engine does, with groups of another size."""
         stats = Stats.white(self.shape.k, self.shape.gelu, self.seed) if ours.data_free else self.stats
-        site = Site(recipe.kind, recipe.format, ours.group)
+        site = replace(engine.site_of(unit, self.shape.n, self.shape.k), group=ours.group)
         work = Work.of((NAME,), [linear.weight], site, stats)
-        run(recipe.steps_data_free if ours.data_free else recipe.steps, work, context)
-        return assemble(NAME, linear, [(unit, export(work, context)[0], site)], torch.bfloat16)
+        run(engine.recipe.steps_data_free if ours.data_free else engine.recipe.steps, work, engine.context)
+        return assemble(NAME, linear, [(unit, export(work, engine.context)[0], site)], torch.bfloat16)
 
 
 def measure(bench: Bench, curve: bool) -> Iterator[Row]:
@@ -184,6 +186,7 @@ def settings(shape: Shape, budgets: list[int] | None) -> Iterator[Ours]:
                 yield Ours(f"svdquant-{fmt}", rank, data_free)
         yield Ours("w4a16-int4", 0, data_free)
         yield Ours("w4a16-int4", 0, data_free, group=128)
+        yield Ours("svdquant-int4", 4, data_free, group=256)
 
 
 def fitting(shape: Shape, fmt: str, budgets: list[int]) -> list[int]:
@@ -199,8 +202,9 @@ def site_bytes(shape: Shape, fmt: str, rank: int) -> int:
     return sum(torch.Size(size).numel() * dtype.itemsize for size, dtype in tensors.values())
 
 
+@cache
 def commit() -> str:
-    """The revision, with a + if the package differs from it."""
+    """The revision the run started from, with a + if the package differed from it."""
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "nunchaku_py")
