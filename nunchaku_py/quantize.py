@@ -4,10 +4,12 @@ In place, or not at all: whatever goes wrong or is interrupted, the model is lef
 """
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from .collect import SiteTap
 from .engine import Engine, Job, jobs_of
 from .errors import NunchakuError
 from .methods.work import Context, Stats
+from .models.discover import linears_in
 from .models.plan import Plan, Unit, plan
 from .progress import Progress
 from .recipes import Recipe, recipe_of
@@ -33,64 +36,68 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 def quantize(target: Any, recipe: str | Recipe = "svdquant-int4", data: Any = None, mode: str = "auto", *,
              rank: int | None = None, rules: Mapping[str, str] | None = None,
              components: Sequence[str] | Mapping[str, str | Recipe] | None = None, states: int = 16,
-             feedback: bool = True, work_dir: str | os.PathLike[str] | None = None, progress: bool | None = None,
-             seed: int = 0) -> Report:
+             feedback: bool = True, work_dir: str | os.PathLike[str] | None = None, keep_work: bool = False,
+             progress: bool | None = None, seed: int = 0) -> Report:
     """Quantize a pipeline's denoiser(s), or a model, in place, and report what was done.
 
     data: None (data-free), a list of prompts (pipelines), an iterable of forward kwargs, or a callable that takes the
     model and runs it. rules: {glob of module names: "w4a4" | "w4a16" | "keep"}, over the architecture's own; a later
     rule overrides an earlier one. components: which of a pipeline's models, optionally with a recipe each. states: how
     many (prompt, timestep) states to calibrate on. feedback: let every block see what the quantized blocks before it
-    give. work_dir: a folder that holds finished blocks, so that an interrupted run goes on from there.
+    give. work_dir: a folder for finished blocks, so that an interrupted run goes on from there; emptied at the end,
+    unless keep_work leaves that to the caller, who may first want to have saved the result.
     """
-    chosen = _components(target, recipe, components)
+    if mode != "auto" and mode not in MODES:
+        raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
+    pipeline = None if isinstance(target, nn.Module) else target
+    runs = _runs(_components(target, recipe, components), rank, rules or {}, mode, seed)
     reports: dict[str, Report] = {}
-    for name, (model, its_recipe) in chosen.items():
-        pipeline = None if isinstance(target, nn.Module) else target
+    for name, run in runs.items():
         its_data = data if name in DENOISERS or pipeline is None else None
-        folder = None if work_dir is None else os.path.join(work_dir, name) if len(chosen) > 1 else work_dir
-        reports[name] = quantize_model(model, its_recipe, its_data, mode, rank=rank, rules=rules, states=states,
-                                       feedback=feedback, work_dir=folder, progress=progress, seed=seed,
-                                       pipeline=pipeline)
+        folder = None if work_dir is None else os.path.join(work_dir, name) if len(runs) > 1 else work_dir
+        found = None if its_data is None else capture_states(pipeline or run.model, run.model, its_data, states,
+                                                             seed=seed, show=progress)
+        reports[name] = run.run(found, feedback, folder, progress)
+    for run in runs.values():
+        if run.finished is not None and not keep_work:
+            run.finished.delete(run.blocks)
     return merged(reports)
 
 
-def quantize_model(model: nn.Module, recipe: str | Recipe, data: Any, mode: str, *, rank: int | None = None,
-                   rules: Mapping[str, str] | None = None, states: int = 16, feedback: bool = True,
-                   work_dir: str | os.PathLike[str] | None = None, progress: bool | None = None, seed: int = 0,
-                   pipeline: Any = None) -> Report:
-    """Quantize one model in place; `pipeline` is what runs prompts through it."""
-    if mode != "auto" and mode not in MODES:
-        raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
-    started, before = time.monotonic(), model_bytes(model)
-    run = _prepare(model, recipe, rank, rules, seed, data is None)
-    run.mode = mode
-    found = [] if data is None else capture_states(pipeline or model, model, data, states, seed=seed, show=progress)
-    run.open(work_dir, found, feedback)
-    with torch.no_grad():
-        if data is None:
-            run.data_free(progress)
-        else:
-            run.calibrated(found, feedback, progress)
-    report = run.finish(before, started)
-    if run.finished is not None:
-        run.finished.delete(run.blocks)
-    return report
+def _runs(chosen: dict[str, tuple[nn.Module, str | Recipe]], rank: int | None, rules: Mapping[str, str], mode: str,
+          seed: int) -> dict[str, Run]:
+    """A run for each component, all of them checked before any is changed. A rule must match in one of them."""
+    linears = {name: list(linears_in(model)) for name, (model, _) in chosen.items()}
+
+    def matches(glob: str, name: str) -> bool:
+        return any(fnmatchcase(linear, glob) for linear in linears[name])
+
+    single = len(chosen) == 1
+    for glob in rules:
+        if not single and not any(matches(glob, name) for name in chosen):
+            raise NunchakuError(f"rule {glob!r}: no linear or 1×1 convolution of {', '.join(chosen)} has such a name")
+    own = {name: {glob: rules[glob] for glob in rules if single or matches(glob, name)} for name in chosen}
+    return {name: _prepare(model, recipe_of(recipe), rank, own[name], mode, seed)
+            for name, (model, recipe) in chosen.items()}
 
 
-def _prepare(model: nn.Module, recipe: str | Recipe, rank: int | None, rules: Mapping[str, str] | None, seed: int,
-             data_free: bool) -> Run:
-    recipe = recipe_of(recipe)
-    planned = plan(model, recipe.kind, rules or {})
+def _prepare(model: nn.Module, recipe: Recipe, rank: int | None, rules: Mapping[str, str], mode: str, seed: int) -> Run:
+    planned = plan(model, recipe.kind, rules)
     if not planned.units:
-        raise NunchakuError(f"{type(model).__name__}: the rules keep every linear in 16 bit\n{planned.table()}")
+        reason = next(iter(planned.kept.values()))
+        raise NunchakuError(f"{type(model).__name__}: nothing is left to quantize, it would keep all its "
+                            f"{len(planned.kept)} linears in 16 bit ({reason}, …)")
     dtype = model_dtype(model, planned)
-    context = Context(scale_dtype=torch.float16 if dtype == torch.float16 else torch.bfloat16, seed=seed,
-                      data_free=data_free, options=recipe.options)
-    engine = Engine(recipe, context, rank)
-    jobs = jobs_of(planned)
-    engine.check(jobs, model)
-    return Run(model, engine, planned, jobs, dtype)
+    engine = Engine(recipe, context_of(recipe, dtype, seed), rank)
+    run = Run(model, engine, planned, jobs_of(planned), dtype, mode=mode)
+    engine.check(run.jobs, model)
+    return run
+
+
+def context_of(recipe: Recipe, dtype: torch.dtype | None, seed: int = 0) -> Context:
+    scale_dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    return Context(scale_dtype=scale_dtype, seed=seed, options=recipe.options,
+                   log=logging.getLogger("nunchaku_py").info)
 
 
 @dataclass
@@ -109,15 +116,27 @@ class Run:
     finished: FinishedBlocks | None = None
     mode: str = "auto"
 
+    def run(self, states: Sequence[State] | None, feedback: bool, work_dir: str | os.PathLike[str] | None,
+            progress: bool | None) -> Report:
+        """Quantize in place; states None: data-free."""
+        started, before = time.monotonic(), model_bytes(self.model)
+        self.open(work_dir, states or (), feedback)
+        with torch.no_grad():
+            if states is None:
+                self.data_free(progress)
+            else:
+                self.calibrated(states, feedback, progress)
+        return self.finish(before, started)
+
     def open(self, work_dir: str | os.PathLike[str] | None, states: Sequence[State], feedback: bool) -> None:
         """Look for finished blocks of the same run: the same model, recipe, options and calibration states."""
         if work_dir is None:
             return
-        recipe, context = self.engine.recipe, self.engine.context
+        recipe, context, rank = self.engine.recipe, self.engine.context, self.engine.rank
         settings = {"model": type(self.model).__name__, "recipe": recipe.name, "format": recipe.format,
-                    "rank": self.engine.rank or recipe.rank, "options": repr(context.options), "seed": context.seed,
-                    "units": repr(self.plan.units), "states": fingerprint(states), "feedback": feedback,
-                    "mode": self.mode if feedback else "any"}
+                    "rank": recipe.rank if rank is None else rank, "options": repr(context.options),
+                    "seed": context.seed, "units": repr(self.plan.units), "states": fingerprint(states),
+                    "feedback": feedback, "mode": self.mode if feedback else "any"}
         self.finished = FinishedBlocks(work_dir, settings)
 
     @property
@@ -154,12 +173,12 @@ class Run:
 
             try:
                 unreached = replay(self.model, blocks, states, self.taps_of, finish, feedback=feedback, progress=bar)
+                for block, reason in unreached.items():
+                    self.notes.append(f"{block}: {reason}, so it is quantized data-free")
+                    self.quantize_block(block, {})
             except BaseException:
                 replace_modules(self.model, self.originals)
                 raise
-        for block, reason in unreached.items():
-            self.notes.append(f"{block}: {reason}, so it is quantized data-free")
-            self.quantize_block(block, {})
 
     def note_uncalled(self, block: str, stats: Mapping[Unit, Stats]) -> None:
         self.notes += [f"{unit.names[0]}: no calibration forward calls it, so it is quantized data-free"
@@ -223,9 +242,8 @@ class StreamingQuantizer:
         recipe = recipe_of(config.recipe)
         planned = plan(model, recipe.kind, config.rules or {})
         self.before = model_bytes(model)
-        context = Context(scale_dtype=torch.float16 if dtype == torch.float16 else torch.bfloat16, data_free=True,
-                          options=recipe.options)
-        self.run = Run(model, Engine(recipe, context, config.rank), planned, jobs_of(planned), dtype or torch.float32)
+        engine = Engine(recipe, context_of(recipe, dtype), config.rank)
+        self.run = Run(model, engine, planned, jobs_of(planned), dtype or torch.float32)
         self.job_of = {name: job for job in self.run.jobs for name in job.names}
 
     def wants(self, parameter: str) -> bool:

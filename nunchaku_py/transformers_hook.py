@@ -47,10 +47,10 @@ class TextSVDQuantizer(HfQuantizer):
             restore_dtypes(model)
             check_loaded(model, type(model).__name__, self.quantization_config.mode)
             return model
-        from .quantize import quantize_model
+        from .quantize import quantize
 
         config = self.quantization_config
-        quantize_model(model, config.recipe, None, config.mode, rank=config.rank, rules=config.rules)
+        quantize(model, config.recipe, mode=config.mode, rank=config.rank, rules=config.rules)
         return model
 
 

@@ -87,10 +87,18 @@ def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
     return pipe
 
 
+def dtype_argument(dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """from_pretrained's argument, which diffusers renamed in 0.42 (transformers knows both names)."""
+    import diffusers
+
+    old = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 42)
+    return {} if dtype is None else {"torch_dtype" if old else "dtype": dtype}
+
+
 def _from_pretrained(cls: Any, path: Path, dtype: torch.dtype | None) -> Any:
     """diffusers' or transformers' own reader; its refusals become sentences that name the folder."""
     try:
-        return cls.from_pretrained(path, **({} if dtype is None else {"torch_dtype": dtype}))
+        return cls.from_pretrained(path, **dtype_argument(dtype))
     except (ValueError, OSError, RuntimeError) as error:
         named = isinstance(error, NunchakuError) and str(path) in str(error)
         raise error if named else NunchakuError(f"{path}: {error}") from error

@@ -70,12 +70,18 @@ class Output:
             shutil.rmtree(self.work, ignore_errors=True)
 
     def write(self, source: Source, models: dict[str, Any], report: Any) -> None:
-        """Everything into the work folder first; then it takes its name."""
+        """Everything into the work folder first; then it takes its name, and only then the finished blocks go."""
+        if self.path.suffix == ".safetensors":
+            from ..checkpoint import save
+
+            save(next(iter(models.values())), self.path)
+        else:
+            self._write_folder(source, models, report)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _write_folder(self, source: Source, models: dict[str, Any], report: Any) -> None:
         from ..checkpoint import save
 
-        if self.path.suffix == ".safetensors":
-            save(next(iter(models.values())), self.path)
-            return
         fresh = self.work / "output"
         shutil.rmtree(fresh, ignore_errors=True)
         try:

@@ -171,7 +171,7 @@ def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output:
     report = quantize(
         target, wanted.components.get("", args.recipe), wanted.prompts, args.mode, rank=args.rank, rules=wanted.rules,
         components=None if source.index is None else wanted.components, states=args.states,
-        feedback=not args.no_feedback, work_dir=output.blocks, seed=args.seed)
+        feedback=not args.no_feedback, work_dir=output.blocks, keep_work=True, seed=args.seed)
     return {name: held[name] for name in wanted.components}, report
 
 

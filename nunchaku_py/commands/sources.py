@@ -117,18 +117,20 @@ def torch_dtype(name: str) -> Any:
 
 def load_model(folder: Path, dtype: str) -> Any:
     """One model, in eval mode, on the CPU."""
-    from ..checkpoint.own import model_class
+    from ..checkpoint.own import dtype_argument, model_class
 
     with loading(folder):
         cls = model_class(read_json(folder / "config.json"), str(folder))
-        return cls.from_pretrained(folder, torch_dtype=torch_dtype(dtype), local_files_only=True).eval()
+        return cls.from_pretrained(folder, **dtype_argument(torch_dtype(dtype)), local_files_only=True).eval()
 
 
 def load_pipeline(folder: Path, dtype: str) -> Any:
     from diffusers import DiffusionPipeline
 
+    from ..checkpoint.own import dtype_argument
+
     with loading(folder):
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch_dtype(dtype), local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, **dtype_argument(torch_dtype(dtype)), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
