@@ -176,10 +176,10 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print only, write nothing")
     args = parser.parse_args()
     torch.set_num_threads(min(torch.get_num_threads(), 2))
+    source = provenance(args.size)  # now: the code that is loaded, not what the tree holds an hour later
     rows = measure(args.size, range(args.seeds))
     print(markdown(rows))
     if not args.dry:
-        source = provenance(args.size)
         write_csv(CSV, rows, source)
         write_page(PAGE, rows, source)
 
