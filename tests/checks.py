@@ -31,6 +31,12 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         return first(model(**inputs)).clone()
 
 
+def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Forward arguments of a bf16 model for one of another dtype."""
+    return {key: value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+            for key, value in inputs.items()}
+
+
 def relative(y: Tensor, reference: Tensor) -> float:
     y, reference = y.double(), reference.double()
     return ((y - reference).norm() / reference.norm()).item()

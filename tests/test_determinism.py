@@ -9,6 +9,7 @@ import torch
 import nunchaku_py as nq
 from tests.checks import QUICK, differences, run, state_of
 from tests.tiny import MODELS, PIPELINES
+from tests.tiny_models import TEXT
 from tests.tiny_pipelines import SIZE
 
 RECIPES = ["svdquant-int4", "svdquant-nvfp4", "w4a16-int4"]
@@ -17,7 +18,7 @@ RECIPES = ["svdquant-int4", "svdquant-nvfp4", "w4a16-int4"]
 @pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "calibrated"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_quantizing_twice(recipe: str, calibrated: bool) -> None:
-    """Also after other random numbers were drawn, and with another number of threads' worth of history in between."""
+    """Also after other random numbers were drawn."""
     states = []
     for salt in range(2):
         model, inputs = MODELS["pixart"]()
@@ -34,7 +35,8 @@ def test_prompts_twice() -> None:
         pipe, _ = PIPELINES["flux_prompt"]()
         pipe.default_sample_size = SIZE
         torch.manual_seed(salt)
-        nq.quantize(pipe, QUICK, data=["a red cube", "the sea"], states=3)
+        data = [{"prompt": prompt, "max_sequence_length": TEXT} for prompt in ("a red cube", "the sea")]
+        nq.quantize(pipe, QUICK, data=data, states=3)
         states.append(state_of(pipe.transformer))
     assert differences(*states) == []
 

@@ -133,9 +133,9 @@ def test_other_dtype_is_refused(tmp_path) -> None:
         nq.quantize(other, QUICK, work_dir=tmp_path)
 
 
-@BOTH
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped header"])
-def test_a_damaged_block_is_done_again(tmp_path, expected, calibrated: bool, damage: str) -> None:
+@pytest.mark.parametrize("damage, calibrated", [("truncated", True), ("truncated", False), ("emptied", False),
+                                                ("flipped header", False)])
+def test_a_damaged_block_is_done_again(tmp_path, expected, damage: str, calibrated: bool) -> None:
     model = interrupted(tmp_path, calibrated)
     (path,) = blocks_in(tmp_path)
     data = bytearray(path.read_bytes())
