@@ -64,7 +64,7 @@ def test_a8_is_closer_than_a4(rows, site, bar, fmt):
     assert all(a8 <= bar * a4 for a8, a4 in pairs)
 
 
-MISSED = pytest.mark.xfail(strict=True, reason="measured 1.06 (1.11 at 3072): NVFP4's error is so small that INT8 shows")
+MISSED = pytest.mark.xfail(strict=True, reason="measured 1.06 (1.11 at 3072): beside NVFP4's small error INT8 shows")
 
 
 @pytest.mark.parametrize("fmt", ["int4", pytest.param("nvfp4", marks=MISSED)])
