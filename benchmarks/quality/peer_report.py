@@ -122,7 +122,6 @@ LINES = {("svdquant-int4", True): ("C0", "--"), ("svdquant-int4", False): ("C0",
 ALONE = {"w4a16-int4": ("k", "*"), "svdquant-int4": ("C0", "X")}  # settings that are no point of a curve
 MARKS = {"sdnq uint4": ("C3", "s"), "bitsandbytes NF4": ("C1", "^"), "torchao NF4": ("C4", "v"),
          "torchao int4": ("C5", "D")}
-LETTER_PLACES = ((9, -3), (-14, -3), (9, 5), (-14, 5), (9, -11), (-14, -11))
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -134,7 +133,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     first = rows[0]["layer"]
     shown = [row for row in rows if row["layer"] == first and row["mode"] == "a16" and row["output_error"] is not None]
-    figure, axes = pyplot.subplots(figsize=(10.5, 6.5), dpi=100)
+    figure, axes = pyplot.subplots(figsize=(10.5, 6.5), dpi=95)
     draw_ours(axes, shown)
     draw_peers(axes, shown)
     axes.set_yscale("log")
@@ -148,7 +147,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
                 title="* no recipe ships it", title_fontsize=7.5)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, pil_kwargs={"optimize": True})
     pyplot.close(figure)
 
 
@@ -177,14 +176,23 @@ def draw_alone(axes: Any, method: str, settings: str, rows: list[Row]) -> None:
 
 
 def draw_peers(axes: Any, rows: list[Row]) -> None:
-    for place, ((method, settings), found) in enumerate(grouped(rows, ours=False).items()):
-        (colour, shape), letter = MARKS[method], chr(ord("a") + place)
-        first = next(row for row in found if row["seed"] == 0)
-        axes.plot(*points([first]), shape, color=colour, markersize=7, alpha=0.8, linestyle="none",
+    peers = grouped(rows, ours=False)
+    firsts = [next(row for row in found if row["seed"] == 0) for found in peers.values()]
+    for place, ((method, settings), found) in enumerate(peers.items()):
+        (colour, shape), letter, first = MARKS[method], chr(ord("a") + place), firsts[place]
+        axes.plot(*points([first]), shape, color=colour, markersize=6, alpha=0.8, linestyle="none",
                   label=f"{letter}: {method}, {settings}")
         axes.plot(*points(row for row in found if row["seed"]), shape, color=colour, markersize=3, alpha=0.3)
         axes.annotate(letter, (first["bits_per_weight"], 100 * first["output_error"]), fontsize=8, color=colour,
-                      xytext=LETTER_PLACES[place % len(LETTER_PLACES)], textcoords="offset points")
+                      xytext=letter_place(first, firsts), textcoords="offset points")
+
+
+def letter_place(row: Row, rows: list[Row]) -> tuple[float, float]:
+    """Left and right in turn, fanned out, among the points that have about as many bits."""
+    near = sorted((other for other in rows if abs(other["bits_per_weight"] - row["bits_per_weight"]) < 0.02),
+                  key=lambda other: other["output_error"])
+    i = near.index(row)
+    return (7 if i % 2 else -13), 6 * (i - (len(near) - 1) / 2) - 3
 
 
 def points(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
