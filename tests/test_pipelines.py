@@ -14,8 +14,8 @@ from tests.tiny import PIPELINES
 from tests.tiny_models import TEXT
 from tests.tiny_pipelines import SIZE
 
-# As in test_architectures; but the weights err the same way in both denoising steps, where the noise is drawn anew: errors
-# add up where noise adds in squares, which is √2 at most.
+# As in test_architectures; but the weights err the same way in both denoising steps, where the noise is drawn anew:
+# errors add up where noise adds in squares, which is √2 at most.
 LEAST, MOST = 0.2, 2**0.5
 MORE = {"flux_controlnet": ("transformer", "controlnet"), "sdxl_controlnet": ("unet", "controlnet")}
 PROMPTS = ["a red cube", "two green cats, sitting", "the sea"]
