@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import NunchakuError
 from .formats import format_of
-from .linear import SplitLinear
+from .linear import COMPUTE_DTYPES, SplitLinear
 from .methods.error import output_error, run
 from .methods.export import export
 from .methods.work import Context, Stats, Work
@@ -138,6 +138,8 @@ def _check_weight(name: str, module: nn.Module) -> None:
         if tensor.is_meta:
             raise NunchakuError(f"{name}.{leaf}: has no data (meta device); load the weights, and quantize before "
                                 f"enabling offload")
+        if tensor.dtype not in COMPUTE_DTYPES:
+            raise NunchakuError(f"{name}.{leaf}: expected float32, bfloat16 or float16, got {str(tensor.dtype)[6:]}")
         if not torch.isfinite(tensor).all():
             raise NunchakuError(f"{name}.{leaf}: holds NaN or infinite values")
 

@@ -173,6 +173,8 @@ class QuantizedSite(nn.Module):
         return op(x.qx, x.sx, qw, sw, aux, x.h, up, bias, self.linear_spec)
 
     def apply_rows(self, rows: Tensor) -> Tensor:
+        if wants_gradient(rows):
+            return _StraightThrough.apply(rows, self)
         return self.multiply(self.quantize_input(rows), rows.dtype)
 
     def _check_ready(self) -> None:
@@ -340,6 +342,23 @@ class SplitLinear(nn.Linear):
         out = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device,
                         self.parts[0].compute_dtype)
         return _fill(out, weight, bias)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding has no useful gradient: backward takes the one of the 16-bit linear that the site stands for."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, site: QuantizedSite) -> Tensor:
+        ctx.site = site
+        return site.multiply(site.quantize_input(rows), rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad.float() @ ctx.site.effective_weight()).to(grad.dtype), None
+
+
+def wants_gradient(rows: Tensor) -> bool:
+    return rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _check_ranges(ranges: tuple[tuple[int, int], ...]) -> None:

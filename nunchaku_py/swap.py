@@ -97,6 +97,15 @@ def prepare(model: nn.Module) -> None:
     """Give a model whose linears were replaced what else its architecture provides (shared inputs of attention)."""
     for step in pattern_of(model).prepare:
         step(model)
+    for module in model.modules():
+        if callable(getattr(module, "fuse_projections", None)):
+            module.fuse_projections = refuse_fusing
+
+
+def refuse_fusing(*args: object, **kwargs: object) -> None:
+    """Stands where an attention module would concatenate the weights of its projections."""
+    raise NunchakuError("fuse_qkv_projections: quantized projections stay separate modules, which LoRA and offload "
+                        "address by name; what they share is shared at execution")
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -108,6 +117,8 @@ def dequantize(model: nn.Module) -> nn.Module:
     out = copy.deepcopy(denoiser_of(model))
     for name, module in quantized_modules(out).items():
         replace_module(out, name, module.dense())
+    for module in out.modules():
+        vars(module).pop("fuse_projections", None)
     unattach(out)
     return out
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .linear import QuantLinear
+from .linear import QuantLinear, wants_gradient
 
 
 def apply_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """y of each module for one input x, which is quantized once where they share smooth factors and `down`."""
-    if not share_input(modules):
+    if not share_input(modules) or wants_gradient(x):
         return tuple(module(x) for module in modules)
     rows = x.reshape(-1, modules[0].in_features)
     quantized = modules[0].quantize_input(rows)

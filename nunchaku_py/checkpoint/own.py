@@ -25,7 +25,7 @@ from .validate import check_keys, check_loaded, is_quantized, split_parameter, s
 
 def save(model: Any, path: str | os.PathLike[str]) -> Path:
     """Write a quantized model (or pipeline) to a folder, or a model to one `.safetensors` file."""
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     single = path.suffix == ".safetensors"
     if single and not isinstance(model, nn.Module):
         raise NunchakuError(f"{path}: a pipeline is saved to a folder; save its model to a single file instead")
