@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import NunchakuError
 from .methods.work import Stats
+from .precision import without_autocast
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MB of fp32 temporaries at a time, whatever the number of tokens
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly: each call samples other positions
@@ -44,8 +45,9 @@ class Collector:
             self._allocate(x)
         self._sample(x)
         step = max(1, CHUNK_ELEMENTS // x.shape[1])
-        for start in range(0, x.shape[0], step):
-            self._add_chunk(x[start : start + step].float())
+        with without_autocast(x.device.type):
+            for start in range(0, x.shape[0], step):
+                self._add_chunk(x[start : start + step].float())
 
     def take(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The input out of the arguments of a call of the module."""

@@ -16,7 +16,8 @@ from .checkpoint.manifest import QUANT_METHOD, manifest_of
 from .checkpoint.validate import check_keys, check_loaded, split_parameter
 from .configuration import ConfigFields
 from .errors import NunchakuError
-from .linear import QuantizedSite, SplitLinear
+from .linear import QuantizedSite
+from .split_linear import SplitLinear
 
 
 class SVDQuantConfig(ConfigFields, QuantizationConfigMixin):

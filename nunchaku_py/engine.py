@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import NunchakuError
 from .formats import format_of
-from .linear import COMPUTE_DTYPES, SplitLinear
+from .linear import COMPUTE_DTYPES
 from .methods.error import output_error, run
 from .methods.export import export
 from .methods.work import Context, Stats, Work
@@ -21,6 +21,7 @@ from .models.plan import Plan, Unit
 from .recipes import Recipe
 from .report import SiteRow
 from .site import Site, SiteTensors
+from .split_linear import SplitLinear
 from .swap import Entry, Quantized, empty_module, module_shape
 
 GELU_SHIFT = 0.171875  # −min of GELU, exact in bf16: post-GELU inputs become non-negative

@@ -37,8 +37,9 @@ def explain(target: object, rows: int = 64) -> Explanations:
     """What each distinct call of a model's (or pipeline's) quantized linears runs on, for inputs of so many rows."""
     kinds: dict[tuple[str, int, int, str], list[QuantizedSite]] = {}
     for site in quantized_sites(denoiser_of(target)):
-        if site.mode is None:
-            raise NunchakuError("explain: the model has no weights yet (meta device)")
+        if not site.has_data():
+            raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove offloading")
+        site.pack()
         key = (site.linear_spec.token, site.rows_out, site.site.rank, str(site.codes.device))
         kinds.setdefault(key, []).append(site)
     found = Explanations()

@@ -1,12 +1,13 @@
-"""QuantLinear: the module that stands where nn.Linear stood, its 1×1-convolution twin, and the K-split one.
+"""QuantLinear: the module that stands where nn.Linear stood, and its 1×1-convolution twin.
 
 The canonical tensors are parameters (so offload hooks move them); what packing derives from them for one device and
-mode are non-persistent buffers (so state_dict() stays canonical).
+mode are non-persistent buffers (so state_dict() stays canonical). Packing happens when a mode is set, on a move to a
+GPU, and else at the first call.
 """
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import NunchakuError
+from .precision import as_autocast, without_autocast
 from .site import MODES, Mode, Site, SiteTensors, auto_mode, shift_correction
 from .tensor import QTensor
 
@@ -41,15 +43,14 @@ class QuantizedSite(nn.Module):
         self.file_dtype = dtype  # 16 bit, of the stored tensors: casting the module never changes it
         self.compute_dtype = dtype
         self.requested_mode: str = "auto"
-        self.mode: Mode | None = None
+        self.packed: tuple[Mode, str] | None = None  # for which mode and type of device, None: not packed
         self.input_key: tuple[str, str] | None = None
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         if not bias:
             self.register_parameter("bias", None)
-        for name in ("inv_smooth", "folded_codes", "folded_scales", "mode_bias"):
-            self._derive(name, None)
+        self._unpack()
 
     # ------------------------------------------------------------------------------------------------- tensors
     def tensor_dtypes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -62,14 +63,14 @@ class QuantizedSite(nn.Module):
         shape, dtype = self.tensor_dtypes()[name]
         dtypes = (dtype, torch.float32, torch.bfloat16, torch.float16) if name == "bias" else (dtype,)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            raise NunchakuError(f"{label or name}: expected {shape} {_dtype_name(dtype)}, "
-                                f"got {tuple(tensor.shape)} {_dtype_name(tensor.dtype)}")
+            raise NunchakuError(f"{label or name}: expected {shape} {dtype_name(dtype)}, "
+                                f"got {tuple(tensor.shape)} {dtype_name(tensor.dtype)}")
         self._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
+        self._unpack()
 
     def set_tensors(self, tensors: SiteTensors, label: str = "") -> None:
         for name, tensor in tensors.named().items():
             self.set_tensor(name, tensor, f"{label}.{name}" if label else name)
-        self.pack()
 
     def qtensor(self) -> QTensor:
         get = self._parameters.get
@@ -80,29 +81,60 @@ class QuantizedSite(nn.Module):
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
     # ------------------------------------------------------------------------------------------------- packing
-    def set_mode(self, mode: str) -> None:
+    @property
+    def mode(self) -> Mode:
+        """What the site runs in, on the device where it is."""
+        if self.site.kind == "w4a16" or self.requested_mode == "auto":
+            return auto_mode(self.site, self.codes.device)
+        return self.requested_mode
+
+    def set_mode(self, mode: str, now: bool = True) -> None:
+        """Choose the activation mode; now=False leaves packing to the first call or move."""
         if mode != "auto" and mode not in MODES:
             raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
-        self.requested_mode = mode
-        self.pack()
+        if mode != self.requested_mode:
+            self.requested_mode = mode
+            self._unpack()
+        if now and self.has_data():
+            self.pack()
 
-    def is_ready(self) -> bool:
+    def has_data(self) -> bool:
+        """False on the meta device, where offloading leaves the tensors between calls."""
         return not any(p.is_meta for p in self._parameters.values() if p is not None)
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Derive what the ops want on this device in this mode; without data (meta tensors) it waits."""
-        if not self.is_ready():
+        """Derive what the ops want on this device in this mode."""
+        if not self.has_data():
+            raise NunchakuError("this quantized linear has no weights yet (meta device): load them before running it")
+        wanted = self.mode, self.codes.device.type
+        spec = self.site.linear_spec(wanted[0], self.rows_in, folded=not is_offloaded(self))
+        if self.packed == wanted and self.linear_spec == spec:
             return
-        wanted = auto_mode(self.site, self.codes.device) if self.requested_mode == "auto" else self.requested_mode
-        self.mode = "a16" if self.site.kind == "w4a16" else wanted
-        self.linear_spec = self.site.linear_spec(self.mode, self.rows_in)
-        folded = self.qtensor().fold_int8() if self.linear_spec.weight == "int8" else (None, None)
-        self._derive("inv_smooth", 1.0 / self.smooth.data.float() if self.site.has_smooth else None)
-        self._derive("folded_codes", folded[0])
-        self._derive("folded_scales", folded[1])
-        self._derive("mode_bias", self._bias_of_mode())
+        if torch.compiler.is_compiling():
+            raise NunchakuError("this model is not packed for its device: nq.set_mode(model, 'auto') before compiling")
+        self.packed, self.linear_spec = wanted, spec
+        with without_autocast(wanted[1]):
+            folded = self.qtensor().fold_int8() if spec.weight == "int8" else (None, None)
+            self._derive("inv_smooth", 1.0 / self.smooth.data.float() if self.site.has_smooth else None)
+            self._derive("folded_codes", folded[0])
+            self._derive("folded_scales", folded[1])
+            self._derive("unshift", self._correction() if self.site.shift and wanted[0] != "a4" else None)
         self.input_key = self._input_key()
+
+    def _unpack(self) -> None:
+        self.packed = self.input_key = None
+        for name in ("inv_smooth", "folded_codes", "folded_scales", "unshift"):
+            self._derive(name, None)
+
+    def ensure_packed(self) -> None:
+        """Before every call: offloading may have brought the tensors to another device, or hooked itself on since."""
+        stale = self.packed is None or self.packed[1] != self.codes.device.type
+        if stale or (self.folded_codes is not None and is_offloaded(self)):
+            self.pack()
+
+    def _correction(self) -> Tensor:
+        return shift_correction(self.qtensor(), self.smooth.data, self.site.shift)
 
     def _input_key(self) -> tuple[str, str] | None:
         """What the quantized input depends on: sites with equal keys share it. Modulation sites quantize nothing."""
@@ -122,18 +154,6 @@ class QuantizedSite(nn.Module):
         else:
             self.register_buffer(name, value, persistent=False)
 
-    def _bias_of_mode(self) -> Tensor | None:
-        """None where the stored bias serves as it is. A mode that does not shift takes the correction back."""
-        unshifted = self.site.shift and self.mode != "a4"
-        if self.bias is not None and not unshifted:
-            return None
-        bias = torch.zeros(self.rows_out, dtype=self.file_dtype, device=self.codes.device)
-        if self.bias is not None:
-            bias = self.bias.data
-        if unshifted:
-            bias = bias.float() + shift_correction(self.qtensor(), self.smooth.data, self.site.shift)
-        return bias
-
     # ----------------------------------------------------------------------------------------------- execution
     def branch(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(down, up) in the activation dtype; rank 0 is a size, not None."""
@@ -145,21 +165,27 @@ class QuantizedSite(nn.Module):
 
     def quantize_input(self, rows: Tensor) -> QuantizedInput:
         """rows (M,K) → what `multiply` of this site, and of every site of its group, takes."""
-        self._check_ready()
+        self.ensure_packed()
         rows = rows.contiguous()  # the same bits however the input lay in memory
         down, _ = self.branch(rows.dtype)
         if not self.site.has_smooth:
             empty = torch.empty(0, dtype=torch.float32, device=rows.device)
-            return QuantizedInput(rows, empty, rows.float() @ down.float().T)
+            return QuantizedInput(rows, empty, (rows.float() @ down.float().T).float())
         return QuantizedInput(*ops.quantize_act(rows, self.inv_smooth, down, self.linear_spec.act))
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(qw, sw, aux, up, bias) as the linear ops take them."""
-        _, up = self.branch(dtype)
-        bias = (self.bias if self.mode_bias is None else self.mode_bias).to(dtype)
+        self.ensure_packed()
+        (_, up), bias = self.branch(dtype), self._bias()
         if self.folded_codes is not None:
             return self.folded_codes, self.folded_scales, up.new_empty(0), up, bias
         return self.codes, self.scales, self._aux(up), up, bias
+
+    def _bias(self) -> Tensor:
+        """A mode that does not shift takes the correction back. A part of a linear leaves both to the whole."""
+        if self.bias is None:
+            return torch.zeros(self.rows_out, device=self.codes.device)
+        return self.bias if self.unshift is None else self.bias.float() + self.unshift
 
     def _aux(self, like: Tensor) -> Tensor:
         if self.site.format == "nvfp4":
@@ -173,35 +199,41 @@ class QuantizedSite(nn.Module):
         return op(x.qx, x.sx, qw, sw, aux, x.h, up, bias, self.linear_spec)
 
     def apply_rows(self, rows: Tensor) -> Tensor:
+        rows = as_autocast(rows)
         if wants_gradient(rows):
             return _StraightThrough.apply(rows, self)
         return self.multiply(self.quantize_input(rows), rows.dtype)
-
-    def _check_ready(self) -> None:
-        if self.mode is None:
-            raise NunchakuError("this quantized linear has no weights yet (meta device): load them before running it")
 
     # ------------------------------------------------------------------------------------- the nn.Module surface
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves follow; casts do not reach the stored tensors (their bits are the model) but set the compute dtype."""
         device = self.codes.device
-        super()._apply(lambda tensor: _move_only(fn, tensor), recurse)
+        super()._apply(lambda tensor: move_only(fn, tensor), recurse)
         wanted = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         self.compute_dtype = wanted if wanted in COMPUTE_DTYPES else self.compute_dtype
         if self.codes.device.type != device.type:
-            self.mode = None
-            self.pack()
+            self._follow_move()
         return self
+
+    def _follow_move(self) -> None:
+        """Keep what is packed where the new device wants the same (offloading moves back and forth)."""
+        here = self.mode, self.codes.device.type
+        if self.packed is not None and self.packed[0] == here[0] and self.has_data():
+            self.packed = here
+            return
+        self._unpack()
+        if here[1] == "cuda":
+            self.pack()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         errors = args[-1]
         for name, (_, dtype) in self.tensor_dtypes().items():
             found = state_dict.get(prefix + name)
             if found is not None and found.dtype != dtype and name != "bias":
-                errors.append(f"{prefix}{name}: expected {_dtype_name(dtype)}, got {_dtype_name(found.dtype)}")
+                errors.append(f"{prefix}{name}: expected {dtype_name(dtype)}, got {dtype_name(found.dtype)}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.pack()
+        self._unpack()
 
     def _shim(self, *shape: int) -> Tensor:
         """A weight by shape, dtype and device only. NaN, so that code which multiplies by it is noticed."""
@@ -220,7 +252,7 @@ class QuantizedSite(nn.Module):
         """(N): the bias without the shift correction, or None."""
         if not self.site.shift or self.bias is None:
             return _data(self.bias)
-        return self.bias.data.float() + shift_correction(self.qtensor(), self.smooth.data, self.site.shift)
+        return self.bias.data.float() + self._correction()
 
     def describe(self) -> str:
         rank = f", rank={self.site.rank}" if self.site.rank else ""
@@ -255,7 +287,7 @@ class QuantLinear(QuantPart, nn.Linear):
         """A 16-bit nn.Linear with the same weights."""
         bias = self.effective_bias()
         out = nn.Linear(self.in_features, self.out_features, bias is not None, self.codes.device, self.compute_dtype)
-        return _fill(out, self.effective_weight(), bias)
+        return filled(out, self.effective_weight(), bias)
 
 
 class QuantConv1x1(QuantizedSite, nn.Conv2d):
@@ -286,62 +318,7 @@ class QuantConv1x1(QuantizedSite, nn.Conv2d):
         bias = self.effective_bias()
         out = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=bias is not None,
                         device=self.codes.device, dtype=self.compute_dtype)
-        return _fill(out, self.effective_weight()[:, :, None, None], bias)
-
-
-class SplitLinear(nn.Linear):
-    """y = Σ_i part_i(x[…, k0_i:k1_i]) + bias: a linear whose input concatenates parts of different nature."""
-
-    is_nunchaku_quantized = True
-    _is_hf_initialized = True
-
-    def __init__(self, sites: Sequence[Site], ranges: Sequence[tuple[int, int]], out_features: int, bias: bool,
-                 dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
-        self.ranges = tuple((int(k0), int(k1)) for k0, k1 in ranges)
-        _check_ranges(self.ranges)
-        self.in_features, self.out_features = self.ranges[-1][1], out_features
-        self.parts = nn.ModuleList(QuantPart(site, k1 - k0, out_features, False, dtype)
-                                   for site, (k0, k1) in zip(sites, self.ranges, strict=True))
-        meta = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False)
-        self.register_parameter("bias", meta if bias else None)
-
-    def set_tensor(self, name: str, tensor: Tensor, label: str | None = None) -> None:
-        """Only the bias is its own."""
-        if name != "bias" or tuple(tensor.shape) != (self.out_features,) or not tensor.is_floating_point():
-            raise NunchakuError(f"{label or name}: expected bias ({self.out_features},) floating point, "
-                                f"got {tuple(tensor.shape)} {_dtype_name(tensor.dtype)}")
-        self.bias = nn.Parameter(tensor.contiguous(), requires_grad=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves follow, casts do not: as for every stored tensor."""
-        if recurse:
-            for part in self.parts:
-                part._apply(fn)
-        return super()._apply(lambda tensor: _move_only(fn, tensor), recurse=False)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.parts[0]._shim(self.out_features, self.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise NunchakuError(f"input: expected (…, {self.in_features}), got {tuple(x.shape)}")
-        y = sum(part(x[..., k0:k1]) for part, (k0, k1) in zip(self.parts, self.ranges, strict=True))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, parts={list(self.ranges)}"
-
-    def dense(self) -> nn.Linear:
-        weight = torch.cat([part.effective_weight() for part in self.parts], 1)
-        bias = _data(self.bias)
-        for part in self.parts:
-            if part.site.shift and bias is not None:
-                bias = bias.float() + shift_correction(part.qtensor(), part.smooth.data, part.site.shift)
-        out = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device,
-                        self.parts[0].compute_dtype)
-        return _fill(out, weight, bias)
+        return filled(out, self.effective_weight()[:, :, None, None], bias)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -357,24 +334,24 @@ class _StraightThrough(torch.autograd.Function):
         return (grad.float() @ ctx.site.effective_weight()).to(grad.dtype), None
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate takes the tensors away between calls: folded weights would stay behind, so none are made."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+
+
 def wants_gradient(rows: Tensor) -> bool:
     return rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _check_ranges(ranges: tuple[tuple[int, int], ...]) -> None:
-    edges = [0, *(k1 for _, k1 in ranges)]
-    if not ranges or [k0 for k0, _ in ranges] != edges[:-1] or any(k1 <= k0 for k0, k1 in ranges):
-        raise NunchakuError(f"parts: k_range must tile the input from 0 without gaps, got {list(ranges)}")
-
-
-def _fill(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
+def filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     module.weight.data.copy_(weight)
     if bias is not None:
         module.bias.data.copy_(bias)
     return module.requires_grad_(False)
 
 
-def _move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """fn's change of device without its change of dtype."""
     probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
     return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
@@ -384,5 +361,5 @@ def _data(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.data
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -22,6 +22,7 @@ from .errors import NunchakuError
 from .methods.work import Context, Stats
 from .models.discover import linears_in
 from .models.plan import Plan, Unit, plan
+from .precision import without_autocast
 from .progress import Progress
 from .recipes import Recipe, recipe_of
 from .replay import replay
@@ -198,16 +199,17 @@ class Run:
         known = self.finished.read(block, originals, self.engine.context.scale_dtype) if self.finished else None
         if known is None:
             modules, rows = {}, []
-            for job in jobs:
-                made, job_rows = self.engine.run(job, originals, stats)
-                modules |= made
-                rows += job_rows
+            with without_autocast(next(iter(originals.values())).weight.device.type):
+                for job in jobs:
+                    made, job_rows = self.engine.run(job, originals, stats)
+                    modules |= made
+                    rows += job_rows
             known = modules, rows
             if self.finished is not None:
                 self.finished.write(block, originals, known)
         for module in known[0].values():
             for site in quantized_sites(module):
-                site.set_mode(self.mode)
+                site.set_mode(self.mode, now=False)
         self.originals |= originals
         self.modules |= known[0]
         self.rows += known[1]
@@ -220,6 +222,8 @@ class Run:
             report = self.report(before, time.monotonic() - started)
             attach(self.model, report)
             prepare(self.model)
+            for site in quantized_sites(self.model):
+                site.pack()
         except BaseException:
             replace_modules(self.model, self.originals)
             unattach(self.model)

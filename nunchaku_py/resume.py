@@ -100,7 +100,9 @@ class FinishedBlocks:
 
 def _restore(name: str, old: nn.Module, entry: Entry, tensors: Mapping[str, torch.Tensor],
              dtype: torch.dtype) -> Quantized:
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    device = old.weight.device
+    own = {key.removeprefix(f"{name}."): tensor.to(device) for key, tensor in tensors.items()
+           if key.startswith(f"{name}.")}
     module = empty_module(old, entry, "bias" in own, dtype)
     fill_module(module, own, name)
     for site in quantized_sites(module):

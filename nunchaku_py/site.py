@@ -90,8 +90,9 @@ class Site:
             return ActSpec("nvfp4", self.group)
         return ActSpec("uint4" if self.unsigned_act else "int4", self.group, self.shift)
 
-    def linear_spec(self, mode: Mode, k: int) -> LinearSpec:
-        folded = self.kind == "w4a4" and mode == "a8"
+    def linear_spec(self, mode: Mode, k: int, folded: bool = True) -> LinearSpec:
+        """folded: weights of an a8 site are kept as INT8, rather than folded anew in every call."""
+        folded = folded and self.kind == "w4a4" and mode == "a8"
         return LinearSpec("int8" if folded else self.format, 0 if folded else self.group, k, self.act_spec(mode))
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from .errors import NunchakuError
-from .linear import QuantConv1x1, QuantizedSite, QuantLinear, SplitLinear
+from .linear import QuantConv1x1, QuantizedSite, QuantLinear
 from .models.pattern import pattern_of
 from .site import Site
+from .split_linear import SplitLinear
 
 Part = tuple[tuple[int, int], Site]  # (k_range, site)
 Entry = Site | tuple[Part, ...]  # what a file says of one module: a site, or its K-parts
@@ -38,16 +39,13 @@ def empty_module(old: nn.Module, entry: Entry, bias: bool, dtype: torch.dtype) -
 
 
 def fill_module(module: Quantized, tensors: Mapping[str, torch.Tensor], label: str) -> None:
-    """Put stored tensors (by their name inside the module) into an empty quantized module, and pack it."""
+    """Put stored tensors (by their name inside the module) into an empty quantized module."""
     expected = set(module.state_dict())
     if expected != set(tensors):
         raise NunchakuError(f"{label}: expected tensors {sorted(expected)}, got {sorted(tensors)}")
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         module.get_submodule(path).set_tensor(leaf, tensor, f"{label}.{name}")
-    for site in module.modules():
-        if isinstance(site, QuantizedSite):
-            site.pack()
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

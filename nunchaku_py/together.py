@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .linear import QuantLinear, wants_gradient
+from .precision import as_autocast
 
 
 def apply_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """y of each module for one input x, which is quantized once where they share smooth factors and `down`."""
+    x = as_autocast(x)
     if not share_input(modules) or wants_gradient(x):
         return tuple(module(x) for module in modules)
     rows = x.reshape(-1, modules[0].in_features)
@@ -26,10 +28,16 @@ def apply_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...
 def share_input(modules: Sequence[nn.Module]) -> bool:
     """Whether one quantized input serves all: the same smooth factors, `down` and activation format, and nothing hooked
     onto or wrapped around a member (offloading, adapters), which wants to see its call."""
-    return (all(type(module) is QuantLinear and module.input_key is not None for module in modules)
-            and len({module.input_key for module in modules}) == 1
-            and not any(module._forward_pre_hooks or module._forward_hooks or hasattr(module, "_hf_hook")
-                        or hasattr(module, "_diffusers_hook") for module in modules))
+    if not all(type(module) is QuantLinear and module.site.has_smooth and not _is_hooked(module) for module in modules):
+        return False
+    for module in modules:
+        module.ensure_packed()
+    return len({module.input_key for module in modules}) == 1
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks or hasattr(module, "_hf_hook")
+                or hasattr(module, "_diffusers_hook"))
 
 
 class AttentionView:

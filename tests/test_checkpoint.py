@@ -10,8 +10,9 @@ from nunchaku_py.checkpoint import Manifest
 from nunchaku_py.checkpoint.manifest import entry_from_json, entry_to_json
 from nunchaku_py.checkpoint.validate import check_keys, check_loaded
 from nunchaku_py.errors import NunchakuError
-from nunchaku_py.linear import QuantLinear, SplitLinear
+from nunchaku_py.linear import QuantLinear
 from nunchaku_py.site import Site
+from nunchaku_py.split_linear import SplitLinear
 
 SITE = Site("w4a4", "int4", 64, 4)
 SHIFTED = Site("w4a4", "int4", 64, 4, 0.171875, True)

@@ -6,10 +6,11 @@ from torch import nn
 
 from nunchaku_py.engine import GELU_SHIFT, Engine, jobs_of
 from nunchaku_py.errors import NunchakuError
-from nunchaku_py.linear import QuantConv1x1, QuantLinear, SplitLinear
+from nunchaku_py.linear import QuantConv1x1, QuantLinear
 from nunchaku_py.methods.work import Context
 from nunchaku_py.models.plan import Plan, Unit
 from nunchaku_py.recipes import RECIPES
+from nunchaku_py.split_linear import SplitLinear
 
 
 def engine(recipe: str = "svdquant-int4", **more: object) -> Engine:

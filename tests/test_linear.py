@@ -5,12 +5,14 @@ import io
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from nunchaku_py.errors import NunchakuError
 from nunchaku_py.formats import format_of
-from nunchaku_py.linear import QuantConv1x1, QuantLinear, SplitLinear
+from nunchaku_py.linear import QuantConv1x1, QuantLinear
 from nunchaku_py.site import MODES, Site, SiteTensors, auto_mode, shift_correction
+from nunchaku_py.split_linear import SplitLinear
 from nunchaku_py.tensor import QTensor
 
 N, K, R = 48, 80, 4  # K is no multiple of the INT4 group
@@ -210,3 +212,33 @@ def test_site_json_round_trip_and_refusals() -> None:
         Site.from_json({"kind": "w4a4", "format": "int4"})
     with pytest.raises(NunchakuError, match="format is 'int4', 'uint4' or 'nvfp4', not 'int8'"):
         Site("w4a4", "int8", 64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_computes_in_its_dtype_and_not_inside_our_arithmetic(mode: str) -> None:
+    module = linear(site(), mode)
+    x = torch.randn(4, K, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, module(x.bfloat16()))
+
+
+def test_packing_follows_moves_and_is_kept_where_nothing_changes() -> None:
+    module = linear(site(), "a8")
+    folded = module.folded_codes
+    module.set_mode("a8")
+    assert module.folded_codes is folded, "nothing to do"
+    module.to("meta")
+    assert module.packed is None and module.folded_codes is None
+    with pytest.raises(NunchakuError, match="has no weights yet"):
+        module(torch.randn(1, K))
+
+
+def test_a_mode_set_while_the_tensors_are_away_counts_when_they_are_back() -> None:
+    module = linear(site(), "a8")
+    cpu_offload(module, execution_device=torch.device("cpu"), offload_buffers=True)
+    x = torch.randn(4, K)
+    module(x)
+    assert module.folded_codes is None, "INT8 weights would stay on the device that offloading is to free"
+    module.set_mode("a16")
+    assert torch.equal(module(x), linear(site(), "a16")(x))

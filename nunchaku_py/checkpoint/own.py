@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import NunchakuError
-from ..linear import QuantizedSite, SplitLinear
+from ..linear import QuantizedSite
+from ..split_linear import SplitLinear
 from .manifest import QUANT_METHOD, Manifest
 from .validate import check_keys, check_loaded, is_quantized, split_parameter, stored_keys
 

@@ -40,7 +40,8 @@ def check_keys(model: nn.Module, keys: Iterable[str], source: str) -> None:
 
 
 def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
-    """After loading: nothing is left on the meta device, what the ops divide or multiply by is finite; then pack."""
+    """After loading: nothing is left on the meta device, what the ops divide or multiply by is finite; then pack,
+    unless there is a GPU that the model will be moved to first."""
     empty = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
     if empty:
         raise NunchakuError(f"{source}: {len(empty)} tensors are missing: {_some(empty)}")
@@ -48,7 +49,7 @@ def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
         if isinstance(module, QuantizedSite):
             check_finite(module, f"{source}: {name}")
     for site in quantized_sites(model):
-        site.set_mode(mode)
+        site.set_mode(mode, now=site.codes.is_cuda or not torch.cuda.is_available())
     prepare(model)
     _align(model)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import NunchakuError
+from ..precision import without_autocast
 from .spec import ActSpec, LinearSpec
 
 ORDER = ("cuda", "triton", "cpu", "torch")
@@ -100,7 +101,8 @@ class Op:
         forced = forced_backend()
         for name in (forced,) if forced else ORDER:
             if name in self.backends and self._refusal(name, args) is None:
-                return self.backends[name].run(*args)
+                with without_autocast(args[0].device.type):
+                    return self.backends[name].run(*args)
         asked = {forced: self._refusal(forced, args)} if forced else self.explain(*args)
         refusals = "; ".join(f"{name}: {why}" for name, why in asked.items())
         raise NunchakuError(f"{self.name}: no backend takes this call ({refusals})")
