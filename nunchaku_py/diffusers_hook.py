@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from .checkpoint.manifest import QUANT_METHOD, manifest_of
-from .checkpoint.validate import check_keys, check_loaded, split_parameter
+from .checkpoint.validate import check_keys, check_loaded, check_state, split_parameter
 from .configuration import ConfigFields
 from .errors import NunchakuError
 from .linear import QuantizedSite
@@ -40,6 +40,8 @@ class SVDQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         stored = self.quantization_config.model_dtype
+        if stored and not isinstance(getattr(torch, str(stored), None), torch.dtype):
+            raise NunchakuError(f"quantization_config: model_dtype {stored!r} is not a dtype of torch")
         self._dtype = getattr(torch, stored) if torch_dtype is None and stored else torch_dtype
         return self._dtype
 
@@ -57,6 +59,12 @@ class SVDQuantizer(DiffusersQuantizer):
         self.quantization_config.manifest().install(model, keys, self._source)
         if keys is not None:
             check_keys(model, keys, self._source)
+
+    def get_state_dict_and_metadata(self, state_dict: dict[str, Any], safe_serialization: bool = False
+                                    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What save_pretrained is about to write."""
+        check_state(state_dict)
+        return state_dict, {}
 
     def check_if_quantized_param(self, model: nn.Module, param_value: Any, param_name: str, state_dict: Any,
                                  **kwargs: Any) -> bool:

@@ -127,11 +127,13 @@ def assemble(name: str, old: nn.Module, parts: Sequence[Part], dtype: torch.dtyp
 
 
 def _summed_bias(old: nn.Module, parts: Sequence[Part], dtype: torch.dtype) -> Tensor | None:
-    """The linear's bias plus what export gave each shifted part (its correction, as it was told of no bias)."""
+    """The linear's bias plus what export gave each shifted part (its correction, as it was told of no bias).
+
+    With a correction it stays in fp32: modes that do not shift take that off again."""
     terms = [tensors.bias.float() for _, tensors, _ in parts if tensors.bias is not None]
-    if old.bias is not None:
-        terms.insert(0, old.bias.detach().float())
-    return torch.stack(terms).sum(0).to(dtype) if terms else None
+    if not terms:
+        return None if old.bias is None else old.bias.detach().to(dtype)
+    return sum(terms, torch.zeros_like(terms[0]) if old.bias is None else old.bias.detach().float())
 
 
 def _check_weight(name: str, module: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch
 from . import ops
 from .errors import NunchakuError
 from .linear import LINEAR_OPS, QuantizedSite
-from .swap import denoiser_of, quantized_sites
+from .swap import quantized_models, quantized_sites
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Explanations(list[Explanation]):
 def explain(target: object, rows: int = 64) -> Explanations:
     """What each distinct call of a model's (or pipeline's) quantized linears runs on, for inputs of so many rows."""
     kinds: dict[tuple[str, int, int, str], list[QuantizedSite]] = {}
-    for site in quantized_sites(denoiser_of(target)):
+    for site in (site for model in quantized_models(target) for site in quantized_sites(model)):
         if not site.has_data():
             raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove offloading")
         site.pack()

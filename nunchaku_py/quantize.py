@@ -52,13 +52,17 @@ def quantize(target: Any, recipe: str | Recipe = "svdquant-int4", data: Any = No
         raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
     pipeline = None if isinstance(target, nn.Module) else target
     runs = _runs(_components(target, recipe, components), rank, rules or {}, mode, seed)
+    found = {name: None if data is None else capture_states(pipeline or run.model, run.model, data, states, seed=seed,
+                                                            show=progress) for name, run in runs.items()}
     reports: dict[str, Report] = {}
-    for name, run in runs.items():
-        its_data = data if name in DENOISERS or pipeline is None else None
-        folder = None if work_dir is None else os.path.join(work_dir, name) if len(runs) > 1 else work_dir
-        found = None if its_data is None else capture_states(pipeline or run.model, run.model, its_data, states,
-                                                             seed=seed, show=progress)
-        reports[name] = run.run(found, feedback, folder, progress)
+    try:
+        for name, run in runs.items():
+            folder = None if work_dir is None else os.path.join(work_dir, name) if len(runs) > 1 else work_dir
+            reports[name] = run.run(found[name], feedback, folder, progress)
+    except BaseException:
+        for name in reports:
+            runs[name].undo()
+        raise
     for run in runs.values():
         if run.finished is not None and not keep_work:
             run.finished.delete(run.blocks)
@@ -225,10 +229,14 @@ class Run:
             for site in quantized_sites(self.model):
                 site.pack()
         except BaseException:
-            replace_modules(self.model, self.originals)
-            unattach(self.model)
+            self.undo()
             raise
         return report
+
+    def undo(self) -> None:
+        """Make the model what it was."""
+        replace_modules(self.model, self.originals)
+        unattach(self.model)
 
     def report(self, before: int, seconds: float) -> Report:
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}

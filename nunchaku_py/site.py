@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -35,9 +36,14 @@ class Site:
             raise NunchakuError(f"site: kind is 'w4a4' or 'w4a16', not {self.kind!r}")
         if self.format not in ("int4", "uint4", "nvfp4"):
             raise NunchakuError(f"site: format is 'int4', 'uint4' or 'nvfp4', not {self.format!r}")
-        if not (isinstance(self.group, int) and isinstance(self.rank, int)) or self.group < 1 or self.rank < 0:
+        if type(self.group) is not int or type(self.rank) is not int or self.group < 1 or self.rank < 0:
             raise NunchakuError(f"site: group must be an integer above 0 and rank one from 0 on, "
                                 f"got {self.group!r} and {self.rank!r}")
+        if type(self.shift) not in (int, float) or not math.isfinite(self.shift) or type(self.unsigned_act) is not bool:
+            raise NunchakuError(f"site: shift must be a finite number and unsigned_act true or false, "
+                                f"got {self.shift!r} and {self.unsigned_act!r}")
+        if (self.shift or self.unsigned_act) and (self.kind, self.format) != ("w4a4", "int4"):
+            raise NunchakuError(f"site: only w4a4 int4 sites are shifted or unsigned, not {self.kind} {self.format}")
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Site:

@@ -12,6 +12,8 @@ from .models.pattern import pattern_of
 from .site import Site
 from .split_linear import SplitLinear
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+          "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")
 Part = tuple[tuple[int, int], Site]  # (k_range, site)
 Entry = Site | tuple[Part, ...]  # what a file says of one module: a site, or its K-parts
 Quantized = QuantLinear | QuantConv1x1 | SplitLinear
@@ -54,6 +56,8 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     parent = model.get_submodule(parent_name)
     old = parent._modules[leaf]
     module.train(old.training)
+    for hooks in _HOOKS:  # the same tables, so that a handle of the user's still removes its hook
+        setattr(module, hooks, getattr(old, hooks))
     parent._modules[leaf] = module
     return old
 
@@ -82,13 +86,20 @@ def entry_of(module: Quantized) -> Entry:
     return module.site
 
 
-def set_mode(model: nn.Module, mode: str) -> None:
-    """Change the activation mode of every quantized site in place: 'auto', 'a4', 'a8' or 'a16'."""
-    sites = list(quantized_sites(denoiser_of(model)))
-    if not sites:
-        raise NunchakuError(f"{type(model).__name__} holds no quantized linears")
-    for site in sites:
-        site.set_mode(mode)
+def set_mode(target: object, mode: str) -> None:
+    """Change the activation mode of every quantized site of a model, or of a pipeline's models, in place."""
+    for model in quantized_models(target):
+        for site in quantized_sites(model):
+            site.set_mode(mode)
+
+
+def quantized_models(target: object) -> list[nn.Module]:
+    """The model itself, or those of a pipeline's that hold quantized linears."""
+    parts = [target] if isinstance(target, nn.Module) else list(getattr(target, "components", {}).values())
+    found = [part for part in parts if isinstance(part, nn.Module) and next(quantized_sites(part), None) is not None]
+    if not found:
+        raise NunchakuError(f"{type(target).__name__} holds no quantized linears")
+    return found
 
 
 def prepare(model: nn.Module) -> None:
@@ -112,21 +123,15 @@ def dequantize(model: nn.Module) -> nn.Module:
 
     from .quantize import unattach
 
-    out = copy.deepcopy(denoiser_of(model))
+    if not isinstance(model, nn.Module):
+        raise NunchakuError(f"dequantize takes a model, not {type(model).__name__}: name the pipeline's component")
+    quantized_models(model)
+    if any(not site.has_data() for site in quantized_sites(model)):
+        raise NunchakuError("dequantize: tensors have no data here (meta device); remove the offloading first")
+    out = copy.deepcopy(model)
     for name, module in quantized_modules(out).items():
         replace_module(out, name, module.dense())
     for module in out.modules():
         vars(module).pop("fuse_projections", None)
     unattach(out)
     return out
-
-
-def denoiser_of(target: object) -> nn.Module:
-    """The model itself, or the denoiser of a pipeline."""
-    if isinstance(target, nn.Module):
-        return target
-    for name in ("transformer", "unet"):
-        model = getattr(target, name, None)
-        if isinstance(model, nn.Module):
-            return model
-    raise NunchakuError(f"{type(target).__name__} is neither a model nor a pipeline with a transformer or unet")

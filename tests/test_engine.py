@@ -14,7 +14,7 @@ from nunchaku_py.split_linear import SplitLinear
 
 
 def engine(recipe: str = "svdquant-int4", **more: object) -> Engine:
-    return Engine(RECIPES[recipe], Context(data_free=True), **more)
+    return Engine(RECIPES[recipe], Context(), **more)
 
 
 def run(unit_list: list[Unit], modules: dict[str, nn.Module], **more: object) -> dict[str, nn.Module]:

@@ -33,4 +33,5 @@ def test_a_backend_that_takes_the_call_is_named(model, monkeypatch: pytest.Monke
 
 
 def test_a_model_without_quantized_linears_has_nothing_to_explain() -> None:
-    assert nq.explain(MODELS["pixart"]()[0]) == []
+    with pytest.raises(nq.NunchakuError, match="holds no quantized linears"):
+        nq.explain(MODELS["pixart"]()[0])

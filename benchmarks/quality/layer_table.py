@@ -91,7 +91,7 @@ class Bench:
         self.note(work, ctx, "SVDQuant")
 
     def data_free(self, fmt: str, rank: int = 32) -> None:
-        ctx = Context(seed=self.seed, data_free=True)
+        ctx = Context(seed=self.seed)
         work = self.work(fmt, rank, Stats.white(self.data.weight.shape[1], self.gelu, self.seed))
         for step in RECIPES[f"svdquant-{fmt}"].steps_data_free:
             step(work, ctx)

@@ -150,7 +150,7 @@ class Bench:
     def quantized(self, ours: Ours) -> QuantLinear:
         recipe, linear = recipe_of(ours.recipe), self.linear()
         unit = Unit((NAME,), recipe.kind, self.shape.gelu)
-        context = Context(seed=self.seed, data_free=ours.data_free, options=recipe.options)
+        context = Context(seed=self.seed, options=recipe.options)
         engine = Engine(recipe, context, ours.rank)
         if ours.group is not None:
             return self.regrouped(engine, unit, linear, ours)

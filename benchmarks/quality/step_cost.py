@@ -44,7 +44,7 @@ class Peak:
 
 def quantize(weight: torch.Tensor, fmt: str, rank: int) -> dict[str, float]:
     """Seconds of each step, of the error measurements and of the export."""
-    ctx, seconds = Context(data_free=True), {}
+    ctx, seconds = Context(), {}
 
     def timed(name: str, call):
         start = time.perf_counter()

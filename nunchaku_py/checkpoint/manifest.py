@@ -45,10 +45,13 @@ class Manifest:
             raise NunchakuError(f"{source}: 'sites' must be a non-empty table of module names")
         try:
             entries = {name: entry_from_json(entry) for name, entry in sites.items()}
-        except (NunchakuError, TypeError, KeyError) as error:
+        except (NunchakuError, TypeError, KeyError, AttributeError) as error:
             raise NunchakuError(f"{source}: bad site entry: {error}") from error
-        return Manifest(dtype, entries, [list(group) for group in data.get("groups") or []],
-                        data.get("recipe") or "", data.get("report") or {})
+        groups = data.get("groups") or []
+        if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+            raise NunchakuError(f"{source}: 'groups' must be a list of lists of names, got {groups!r}")
+        return Manifest(dtype, entries, [list(group) for group in groups], data.get("recipe") or "",
+                        data.get("report") or {})
 
     def to_json(self) -> dict[str, Any]:
         return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "compute_dtype": self.compute_dtype,
@@ -72,8 +75,9 @@ class Manifest:
         known = None if keys is None else set(keys)
         for name, entry in self.resolve(model, source).items():
             old = model.get_submodule(name)
-            bias = old.bias is not None if known is None else f"{name}.bias" in known
-            if old.bias is not None and not bias:
+            needed = old.bias is not None or is_shifted(entry)
+            bias = needed if known is None else f"{name}.bias" in known
+            if needed and not bias:
                 raise NunchakuError(f"{source}: {name}.bias is missing")
             try:
                 replace_module(model, name, empty_module(old, entry, bias, self.dtype))
@@ -93,6 +97,11 @@ def manifest_of(model: nn.Module, recipe: str = "", groups: Iterable[Iterable[st
                     [list(group) for group in groups], recipe, report or {})
 
 
+def is_shifted(entry: Entry) -> bool:
+    """Whether the bias holds a shift's correction, so that there must be one."""
+    return bool(entry.shift) if isinstance(entry, Site) else any(site.shift for _, site in entry)
+
+
 def entry_from_json(entry: dict[str, Any]) -> Entry:
     if not isinstance(entry, dict):
         raise NunchakuError(f"expected a table of fields, got {entry!r}")
@@ -100,8 +109,15 @@ def entry_from_json(entry: dict[str, Any]) -> Entry:
         return Site.from_json(entry)
     if set(entry) != {"parts"}:
         raise NunchakuError(f"an entry with parts holds nothing else, got {sorted(entry)}")
-    return tuple((tuple(part["k_range"]), Site.from_json({k: v for k, v in part.items() if k != "k_range"}))
+    return tuple((_k_range(part), Site.from_json({k: v for k, v in part.items() if k != "k_range"}))
                  for part in entry["parts"])
+
+
+def _k_range(part: dict[str, Any]) -> tuple[int, int]:
+    found = part.get("k_range")
+    if not isinstance(found, list | tuple) or len(found) != 2 or any(type(k) is not int for k in found):
+        raise NunchakuError(f"k_range: expected two integers, got {found!r}")
+    return found[0], found[1]
 
 
 def entry_to_json(entry: Entry) -> dict[str, Any]:

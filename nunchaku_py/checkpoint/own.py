@@ -20,8 +20,9 @@ from torch import nn
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
 from ..split_linear import SplitLinear
+from ..swap import quantized_models
 from .manifest import QUANT_METHOD, Manifest
-from .validate import check_keys, check_loaded, is_quantized, split_parameter, stored_keys
+from .validate import check_keys, check_loaded, check_state, is_quantized, split_parameter, stored_keys
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> Path:
@@ -32,6 +33,8 @@ def save(model: Any, path: str | os.PathLike[str]) -> Path:
         raise NunchakuError(f"{path}: a pipeline is saved to a folder; save its model to a single file instead")
     if isinstance(model, nn.Module) and not is_quantized(model):
         raise NunchakuError(f"{type(model).__name__} holds no quantized linears: quantize it first")
+    for part in quantized_models(model):
+        check_state(part.state_dict())
     _write_then_rename(path, lambda to: _write_single(model, to) if single else _write_folder(model, to))
     return path
 

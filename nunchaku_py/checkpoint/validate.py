@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -52,6 +52,17 @@ def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
         site.set_mode(mode, now=site.codes.is_cuda or not torch.cuda.is_available())
     prepare(model)
     _align(model)
+
+
+def check_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to write a file that could not be read back: with adapters in it, or with tensors that are elsewhere."""
+    for name, tensor in state.items():
+        if ".base_layer." in name:
+            raise NunchakuError(f"{name}: the linear carries an adapter (LoRA); unload it before saving the model")
+        if ".processor." in name:
+            raise NunchakuError(f"{name}: belongs to an IP-Adapter; unload it before saving the model")
+        if tensor.is_meta:
+            raise NunchakuError(f"{name}: has no data here (meta device); load the model, or remove its offloading")
 
 
 def _align(model: nn.Module) -> None:

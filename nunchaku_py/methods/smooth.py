@@ -19,6 +19,7 @@ CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (0.3, 0.7), (0.4
 SPREAD = 2.0**10  # of s to either side of its geometric mean
 LARGEST = 2.0**14  # s and 1/s are normal numbers in fp16
 NVFP4_TOP = 64.0  # largest calibrated |x̂|: leaves e4m3 scales 40x above it and 500x below before they lose precision
+FP16_TOP = 2.0**12  # the same for fp16, where mode a16 keeps x̂ in 16 bit: 16x below its end
 Score = Callable[[Work, Context], float]
 
 
@@ -73,9 +74,11 @@ def factor(x_top: Tensor, w_top: Tensor, alpha: float, beta: float, work: Work, 
     log = torch.where(alive, log - log[alive].mean(), 0.0)
     size = math.log(SPREAD)
     smooth = log.clamp(-size, size).exp()
+    top = (x_top / smooth)[alive].max().item()
     if work.site.format == "nvfp4":
-        top = (x_top / smooth)[alive].max().item()
         smooth = torch.where(alive, smooth * 2.0 ** math.ceil(math.log2(top / NVFP4_TOP)), 1.0)
+    elif ctx.scale_dtype == torch.float16 and top > FP16_TOP:
+        smooth = torch.where(alive, smooth * 2.0 ** math.ceil(math.log2(top / FP16_TOP)), 1.0)
     return round16(smooth.clamp(1 / LARGEST, LARGEST), ctx.scale_dtype)
 
 

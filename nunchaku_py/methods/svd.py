@@ -50,7 +50,8 @@ def inverse_root(gram: Tensor) -> Tensor:
 
 def random_basis(k: int, columns: int, seed: int, like: Tensor) -> Tensor:
     """(K,l) gaussian, the same on every device."""
-    return torch.randn(k, columns, generator=torch.Generator().manual_seed(seed)).to(like.device)
+    generator = torch.Generator().manual_seed(seed)  # the CPU's, so that every device starts from the same numbers
+    return torch.randn(k, columns, generator=generator, device="cpu").to(like.device)
 
 
 def orthonormal(x: Tensor) -> Tensor:

@@ -34,9 +34,9 @@ class Stats:
     @staticmethod
     def white(k: int, gelu: bool, seed: int = 0, device: torch.device | str = "cpu") -> Stats:
         """The data-free stand-in: unit gaussian rows, or their GELU."""
-        x = torch.randn(WHITE_ROWS, k, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(WHITE_ROWS, k, generator=torch.Generator().manual_seed(seed), device="cpu")
         x = torch.nn.functional.gelu(x) if gelu else x
-        ones = torch.ones(k)
+        ones = torch.ones(k, device="cpu")
         stats = (ones * x.abs().max(), ones * x.square().mean(), ones * x.mean(), x)
         return Stats(*(tensor.to(device) for tensor in stats), synthetic=True)
 
@@ -62,7 +62,6 @@ class Context:
 
     scale_dtype: torch.dtype = torch.bfloat16
     seed: int = 0
-    data_free: bool = False
     options: Options = Options()
     log: Callable[[str], None] = lambda message: None
 
