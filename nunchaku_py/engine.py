@@ -60,7 +60,8 @@ class Engine:
     def site_of(self, unit: Unit, n: int, k: int) -> Site:
         fmt = self.recipe.format if unit.kind == "w4a4" else "int4"  # modulation is int4 in NVFP4 models too
         shifted = unit.gelu and unit.kind == "w4a4" and fmt == "int4"
-        return Site(unit.kind, fmt, format_of(fmt).group, self._rank(unit, n, k),
+        group = self.recipe.group if self.recipe.group and fmt == self.recipe.format else format_of(fmt).group
+        return Site(unit.kind, fmt, group, self._rank(unit, n, k),
                     GELU_SHIFT if shifted else 0.0, shifted)
 
     def _rank(self, unit: Unit, n: int, k: int) -> int:

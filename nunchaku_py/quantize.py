@@ -139,8 +139,9 @@ class Run:
             return
         recipe, context, rank = self.engine.recipe, self.engine.context, self.engine.rank
         settings = {"model": type(self.model).__name__, "recipe": recipe.name, "format": recipe.format,
-                    "rank": recipe.rank if rank is None else rank, "options": repr(context.options),
-                    "seed": context.seed, "units": repr(self.plan.units), "states": fingerprint(states),
+                    "rank": recipe.rank if rank is None else rank, "group": recipe.group, "seed": context.seed,
+                    "steps": [step.__name__ for step in (*recipe.steps, *recipe.steps_data_free)],
+                    "options": repr(context.options), "units": repr(self.plan.units), "states": fingerprint(states),
                     "feedback": feedback, "mode": self.mode if feedback else "any"}
         self.finished = FinishedBlocks(work_dir, settings)
 

@@ -27,8 +27,12 @@ class Recipe:
     steps: tuple[Step, ...]
     steps_data_free: tuple[Step, ...]
     options: Options = field(default_factory=Options)
+    group: int | None = None  # weights per scale; None: the usual of the format, the one that fast kernels know
 
     def __post_init__(self) -> None:
+        if self.group is not None and (self.format == "nvfp4" or self.group < 1):
+            raise NunchakuError(f"recipe {self.name}: group is a number of int4 weights, "
+                                f"got {self.group} for {self.format}")
         for steps in (self.steps, self.steps_data_free):
             order = [STAGES.index(step.stage) for step in steps]
             if order != sorted(order):

@@ -1,5 +1,7 @@
 """Jobs, and what becomes of a unit: kinds, formats, ranks, K-parts and shifted biases."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +105,19 @@ def test_weights_that_are_not_finite_are_named(value: float) -> None:
     fc.weight.data[3, 5] = value
     with pytest.raises(NunchakuError, match="fc.weight: holds NaN or infinite values"):
         engine().check(jobs_of(Plan(units=[Unit(("fc",), "w4a4")])), nn.ModuleDict({"fc": fc}))
+
+
+def test_a_recipe_may_ask_for_larger_int4_groups() -> None:
+    wide = replace(RECIPES["svdquant-int4"], group=128)
+    units = [Unit(("fc",), "w4a4"), Unit(("mod",), "w4a16")]
+    modules = {"fc": nn.Linear(256, 64), "mod": nn.Linear(256, 64)}
+    with torch.no_grad():
+        made = {name: module for job in jobs_of(Plan(units=units))
+                for name, module in Engine(wide, Context()).run(job, modules, {})[0].items()}
+    assert made["fc"].scales.shape == made["mod"].scales.shape == (64, 2)
+    x = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    for mode in ("a4", "a8", "a16"):
+        made["fc"].set_mode(mode)
+        assert rel(made["fc"](x), modules["fc"](x)) < 0.2, mode
+    with pytest.raises(NunchakuError, match="group is a number of int4 weights"):
+        replace(RECIPES["svdquant-nvfp4"], group=32)

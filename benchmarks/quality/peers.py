@@ -29,11 +29,9 @@ sys.path.insert(0, str(ROOT))  # so that it runs as a plain script in a source t
 from benchmarks.quality.peer_layers import PEERS, Peer, stored_bytes  # noqa: E402
 from benchmarks.quality.peer_report import write_report  # noqa: E402
 from benchmarks.quality.synthetic import layer, stats_of  # noqa: E402
-from nunchaku_py.engine import Engine, Job, assemble  # noqa: E402
+from nunchaku_py.engine import Engine, Job  # noqa: E402
 from nunchaku_py.linear import QuantLinear  # noqa: E402
-from nunchaku_py.methods.error import run  # noqa: E402
-from nunchaku_py.methods.export import export  # noqa: E402
-from nunchaku_py.methods.work import Context, Stats, Work  # noqa: E402
+from nunchaku_py.methods.work import Context  # noqa: E402
 from nunchaku_py.models.plan import Unit  # noqa: E402
 from nunchaku_py.recipes import recipe_of  # noqa: E402
 from nunchaku_py.site import Site  # noqa: E402
@@ -148,23 +146,13 @@ class Bench:
                            self.error(module), seconds)
 
     def quantized(self, ours: Ours) -> QuantLinear:
-        recipe, linear = recipe_of(ours.recipe), self.linear()
+        recipe, linear = replace(recipe_of(ours.recipe), group=ours.group), self.linear()
         unit = Unit((NAME,), recipe.kind, self.shape.gelu)
         context = Context(seed=self.seed, options=recipe.options)
         engine = Engine(recipe, context, ours.rank)
-        if ours.group is not None:
-            return self.regrouped(engine, unit, linear, ours)
         stats = {} if ours.data_free else {unit: self.stats}
         modules, _ = engine.run(Job("", (NAME,), (unit,)), {NAME: linear}, stats)
         return modules[NAME]
-
-    def regrouped(self, engine: Engine, unit: Unit, linear: nn.Linear, ours: Ours) -> QuantLinear:
-        """What the engine does, with groups of another size."""
-        stats = Stats.white(self.shape.k, self.shape.gelu, self.seed) if ours.data_free else self.stats
-        site = replace(engine.site_of(unit, self.shape.n, self.shape.k), group=ours.group)
-        work = Work.of((NAME,), [linear.weight], site, stats)
-        run(engine.recipe.steps_data_free if ours.data_free else engine.recipe.steps, work, engine.context)
-        return assemble(NAME, linear, [(unit, export(work, engine.context)[0], site)], torch.bfloat16)
 
 
 def measure(bench: Bench, curve: bool) -> Iterator[Row]:
