@@ -28,7 +28,3 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-
-
-def ratio(before: float, after: float) -> str:
-    return f"{before / after:.2f}x" if after else "-"

@@ -1,7 +1,7 @@
 """The last stage: a work as the canonical tensors of each of its linears."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,16 +13,17 @@ from .error import rows_of
 from .work import Context, Work
 
 
-def export(work: Work, ctx: Context, biases: Sequence[Tensor | None] | None = None) -> list[SiteTensors]:
-    """One SiteTensors per name: codes, up and bias are its own rows, smooth and down = low/smooth are shared."""
+def export(work: Work, ctx: Context) -> list[SiteTensors]:
+    """One SiteTensors per name: codes and up are its own rows, smooth and down = low/smooth are shared.
+
+    The bias is what a shift adds to the linear's own, −S·Σ_k deq(R)[:,k]/smooth[k] in fp32; none without a shift."""
     if work.residual is None:
         raise NunchakuError(f"{work.names[0]}: no step of the recipe has made codes (fit, or absmax, is missing)")
     if not work.site.has_smooth and (work.smooth != 1).any():
         raise NunchakuError(f"{work.names[0]}: a step has smoothed a weight-only site, which stores no smooth")
     shared = (work.smooth.to(ctx.scale_dtype) if work.site.has_smooth else None,
               (work.low / work.smooth).to(ctx.scale_dtype) if work.low.shape[0] else None)
-    given = biases or [None] * len(work.names)
-    return [member(work, ctx, rows, *shared, bias) for rows, bias in zip(member_rows(work), given, strict=True)]
+    return [member(work, ctx, rows, *shared) for rows in member_rows(work)]
 
 
 def member_rows(work: Work) -> Iterator[slice]:
@@ -32,19 +33,11 @@ def member_rows(work: Work) -> Iterator[slice]:
         start += count
 
 
-def member(work: Work, ctx: Context, rows: slice, smooth: Tensor | None, down: Tensor | None,
-           bias: Tensor | None) -> SiteTensors:
+def member(work: Work, ctx: Context, rows: slice, smooth: Tensor | None, down: Tensor | None) -> SiteTensors:
     weight = owned(rows_of(work.residual, rows))
     up = work.up[rows].to(ctx.scale_dtype) if down is not None else None
-    return SiteTensors(weight, _copy(smooth), _copy(down), up, site_bias(weight, work.smooth, work.site.shift, bias))
-
-
-def site_bias(weight: QTensor, smooth: Tensor, shift: float, bias: Tensor | None) -> Tensor | None:
-    """b' = b − S·Σ_k deq(R)[:,k]/smooth[k] of a shifted site, in b's dtype (fp32 if there is no b); else b itself."""
-    if not shift:
-        return bias
-    correction = shift_correction(weight, smooth, shift)
-    return -correction if bias is None else (bias.float() - correction).to(bias.dtype)
+    bias = -shift_correction(weight, work.smooth, work.site.shift) if work.site.shift else None
+    return SiteTensors(weight, _copy(smooth), _copy(down), up, bias)
 
 
 def owned(q: QTensor) -> QTensor:

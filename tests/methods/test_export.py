@@ -10,7 +10,9 @@ from tests.methods.layers import CTX, small
 
 
 def modules(work, biases):
-    for tensors, bias, rows in zip(export(work, CTX, biases), biases, work.rows, strict=True):
+    for tensors, bias, rows in zip(export(work, CTX), biases, work.rows, strict=True):
+        if bias is not None:
+            tensors.bias = bias if tensors.bias is None else bias + tensors.bias
         has_bias = bias is not None or bool(work.site.shift)
         module = QuantLinear(work.site, work.weight.shape[1], rows, has_bias, torch.bfloat16)
         module.set_tensors(tensors, "site")
