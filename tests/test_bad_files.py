@@ -14,25 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nunchaku_py as nq
-from tests.checks import QUICK
 from tests.tiny import MODELS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SITE = "transformer_blocks.0.attn1.to_q"
 FORMS = ["folder", "single file"]
 State = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[str, Path]:
-    """form → a good checkpoint"""
-    folder = tmp_path_factory.mktemp("good")
-    model, _ = MODELS["pixart"]()
-    nq.quantize(model, QUICK)
-    paths = {"folder": folder / "model", "single file": folder / "model.safetensors"}
-    for path in paths.values():
-        nq.save(model, path)
-    return paths
 
 
 def pixart() -> nn.Module:

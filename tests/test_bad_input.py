@@ -19,18 +19,6 @@ from tests.tiny import MODELS
 FORMS = ["folder", "single file"]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[str, Path]:
-    """form → a good checkpoint"""
-    folder = tmp_path_factory.mktemp("good")
-    model, _ = MODELS["pixart"]()
-    nq.quantize(model, QUICK)
-    paths = {"folder": folder / "model", "single file": folder / "model.safetensors"}
-    for path in paths.values():
-        nq.save(model, path)
-    return paths
-
-
 def pixart() -> nn.Module:
     return MODELS["pixart"]()[0]
 

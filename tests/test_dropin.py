@@ -1,7 +1,6 @@
 """A quantized model is a diffusers model: it saves and loads as one, and is quantized while being loaded as one."""
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 import nunchaku_py as nq
 from nunchaku_py.swap import quantized_modules, quantized_sites
-from tests.checks import QUICK, QUICK_NVFP4, cast, differences, files_in, quantized_state, relative, run, state_of
+from tests.checks import QUICK, cast, differences, files_in, quantized_state, relative, run
 from tests.tiny import MODELS, PIPELINES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = "20KB"  # so that a tiny model is saved in several files
-
-
-@pytest.fixture(scope="module", params=[QUICK, QUICK_NVFP4], ids=["int4", "nvfp4"])
-def quantized(request) -> tuple[nn.Module, dict, dict]:
-    """(FLUX, forward arguments, its state): not to be changed."""
-    model, inputs = MODELS["flux"]()
-    nq.quantize(model, request.param)
-    return model, inputs, state_of(model)
-
-
-@pytest.fixture
-def fresh(quantized) -> tuple[nn.Module, dict, dict]:
-    """A copy to do what one likes with."""
-    model, inputs, state = quantized
-    return copy.deepcopy(model), inputs, state
 
 
 @pytest.fixture(scope="module")

@@ -12,26 +12,11 @@ from torch import nn
 import nunchaku_py as nq
 from nunchaku_py.linear import QuantizedSite
 from nunchaku_py.swap import quantized_modules, quantized_sites
-from tests.checks import QUICK, QUICK_NVFP4, cast, differences, quantized_state, relative, run, state_of
+from tests.checks import QUICK, cast, differences, quantized_state, relative, run
 from tests.tiny import MODELS
 from tests.tiny_pipelines import flux_call, flux_pipeline
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(scope="module", params=[QUICK, QUICK_NVFP4], ids=["int4", "nvfp4"])
-def quantized(request) -> tuple[nn.Module, dict, dict]:
-    """(FLUX, forward arguments, its state): not to be changed."""
-    model, inputs = MODELS["flux"]()
-    nq.quantize(model, request.param)
-    return model, inputs, state_of(model)
-
-
-@pytest.fixture
-def fresh(quantized) -> tuple[nn.Module, dict, dict]:
-    """A copy to do what one likes with."""
-    model, inputs, state = quantized
-    return copy.deepcopy(model), inputs, state
 
 
 # ------------------------------------------------------------------------------------------------------------- offload
