@@ -184,10 +184,19 @@ def _from_prompts(
             kept = Thinned(max(CALLS_KEPT, share))
             with _recorded(model, kept):
                 asked = {"prompt": prompt} if isinstance(prompt, str) else prompt
-                pipeline(**{**_defaults(pipeline, max(STEPS, share), seed + i), **call, **asked})
+                _run_prompt(pipeline, {**_defaults(pipeline, max(STEPS, share), seed + i), **call, **asked}, i)
             found += kept.pick(share, (i + 0.5) / len(prompts))
             progress.advance(1)
     return found
+
+
+def _run_prompt(pipeline: Any, arguments: dict[str, Any], index: int) -> None:
+    try:
+        pipeline(**arguments)
+    except NunchakuError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise NunchakuError(f"calibration prompt {index + 1}: {type(pipeline).__name__} refuses it: {error}") from error
 
 
 def _defaults(pipeline: Any, steps: int, seed: int) -> dict[str, Any]:

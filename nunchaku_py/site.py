@@ -82,8 +82,8 @@ class Site:
             out["smooth"] = ((k,), dtype)
         if self.rank:
             out["down"], out["up"] = ((self.rank, k), dtype), ((n, self.rank), dtype)
-        if bias:
-            out["bias"] = ((n,), dtype)
+        if bias:  # a shifted site's holds a correction that modes without a shift take off again: fp32
+            out["bias"] = ((n,), torch.float32 if self.shift else dtype)
         return out
 
     def act_spec(self, mode: Mode) -> ActSpec:

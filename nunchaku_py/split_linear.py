@@ -27,7 +27,8 @@ class SplitLinear(nn.Linear):
         self.in_features, self.out_features = self.ranges[-1][1], out_features
         self.parts = nn.ModuleList(QuantPart(site, k1 - k0, out_features, False, dtype)
                                    for site, (k0, k1) in zip(sites, self.ranges, strict=True))
-        meta = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False)
+        wide = torch.float32 if any(site.shift for site in sites) else dtype
+        meta = nn.Parameter(torch.empty(out_features, dtype=wide, device="meta"), requires_grad=False)
         self.register_parameter("bias", meta if bias else None)
 
     def set_tensor(self, name: str, tensor: Tensor, label: str | None = None) -> None:

@@ -190,3 +190,9 @@ def test_captured_states_replay_to_what_the_pipeline_made(name):
     keep = lambda _, output: replayed.append(output)  # noqa: E731
     assert replay(model, blocks, states, lambda block: {}, lambda *_: None, feedback=True, on_output=keep) == {}
     assert all(torch.equal(one[0], other[0]) for one, other in zip(made, replayed, strict=True))
+
+
+def test_a_prompt_that_the_pipeline_refuses_is_counted_and_quoted() -> None:
+    pipe, _ = PIPELINES["flux_prompt"]()
+    with pytest.raises(NunchakuError, match="calibration prompt 2: FluxPipeline refuses it"):
+        capture_states(pipe, pipe.transformer, ["a cat", {"prompt": 3}], 2)

@@ -156,7 +156,7 @@ def test_dequantized_model_is_dense_and_what_a16_computes(fresh, tmp_path) -> No
 
 
 # ------------------------------------------------------------------------------------- what diffusers does to models
-@pytest.mark.parametrize("quantized", [QUICK], ids=["int4"], indirect=True)
+@pytest.mark.parametrize("quantized", ["int4"], indirect=True)
 def test_processors_backends_caches_and_checkpointing(quantized) -> None:
     from diffusers import FirstBlockCacheConfig
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
@@ -299,7 +299,7 @@ def test_compiled_blocks(mode: str) -> None:
     assert relative(run(model, inputs), expected) < 0.02
 
 
-@pytest.mark.parametrize("quantized", [QUICK], ids=["int4"], indirect=True)
+@pytest.mark.parametrize("quantized", ["int4"], indirect=True)
 def test_compile_repeated_blocks(fresh) -> None:
     """In a8, which is what a CPU runs by itself."""
     model, inputs, _ = fresh
@@ -310,7 +310,7 @@ def test_compile_repeated_blocks(fresh) -> None:
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
-@pytest.mark.parametrize("quantized", [QUICK], ids=["int4"], indirect=True)
+@pytest.mark.parametrize("quantized", ["int4"], indirect=True)
 def test_inductor(quantized) -> None:
     module = copy.deepcopy(quantized[0].transformer_blocks[0].attn.to_q)
     x = torch.randn(16, module.in_features).bfloat16()

@@ -146,3 +146,23 @@ def test_dense_twin_saves_as_a_plain_model(quantized, tmp_path) -> None:
     dense.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert differences(dense.state_dict(), type(dense).from_pretrained(tmp_path).state_dict()) == []
+
+
+def test_a_pipeline_loads_in_the_dtype_of_its_quantized_model_with_every_bit(tmp_path) -> None:
+    """The corrected biases of shifted sites are fp32 in a bf16 text encoder."""
+    pipe, _ = PIPELINES["flux_prompt"]()
+    nq.quantize(pipe, QUICK, components=["transformer", "text_encoder"])
+    nq.save(pipe, tmp_path / "p")
+    loaded = nq.load(tmp_path / "p")
+    assert loaded.vae.dtype == loaded.transformer.dtype == torch.bfloat16
+    for name in ("transformer", "text_encoder"):
+        state = getattr(pipe, name).state_dict()
+        assert torch.float32 in {tensor.dtype for key, tensor in state.items() if key.endswith("bias")}
+        assert differences(state, getattr(loaded, name).state_dict()) == []
+
+
+def test_a_model_that_cannot_be_saved_says_so(tmp_path) -> None:
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"a": torch.nn.Linear(64, 64)})])})
+    nq.quantize(model, QUICK)
+    with pytest.raises(nq.NunchakuError, match="only models of diffusers and transformers know how to be saved"):
+        nq.save(model, tmp_path / "m.safetensors")

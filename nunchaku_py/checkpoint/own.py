@@ -28,7 +28,9 @@ from .validate import check_keys, check_loaded, check_state, is_quantized, split
 def save(model: Any, path: str | os.PathLike[str]) -> Path:
     """Write a quantized model (or pipeline) to a folder, or a model to one `.safetensors` file."""
     path = Path(os.path.abspath(path))
-    single = path.suffix == ".safetensors"
+    single = path.suffix.lower() == ".safetensors"
+    if isinstance(model, nn.Module) and not (hasattr(model, "config") and hasattr(model, "save_pretrained")):
+        raise NunchakuError(f"{type(model).__name__}: only models of diffusers and transformers know how to be saved")
     if single and not isinstance(model, nn.Module):
         raise NunchakuError(f"{path}: a pipeline is saved to a folder; save its model to a single file instead")
     if isinstance(model, nn.Module) and not is_quantized(model):
@@ -84,11 +86,21 @@ def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
 def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipe = _from_pretrained(DiffusionPipeline, path, dtype)
+    pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             _in_mode(component, mode)
     return pipe
+
+
+def _dtype_of_pipeline(path: Path) -> torch.dtype | None:
+    """What the quantized model of a pipeline was in; diffusers would load the other models in fp32."""
+    for file in sorted(path.glob("*/config.json")):
+        quantization = read_json(file).get("quantization_config") or {}
+        found = getattr(torch, str(quantization.get("model_dtype")), None)
+        if quantization.get("quant_method") == QUANT_METHOD and isinstance(found, torch.dtype):
+            return found
+    return None
 
 
 def dtype_argument(dtype: torch.dtype | None) -> dict[str, torch.dtype]:

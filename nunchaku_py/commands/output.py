@@ -29,12 +29,12 @@ class Output:
             raise NunchakuError(f"{path}: would replace the model it is made from; name another folder")
         if path.resolve().is_relative_to(source.resolve()):
             raise NunchakuError(f"{path}: lies inside {source}; name a folder beside it")
-        if path.is_dir() and path.suffix == ".safetensors":
+        if path.is_dir() and path.suffix.lower() == ".safetensors":
             raise NunchakuError(f"{path}: is a folder, but its name is that of a file")
         taken = path.is_file() or path.is_dir() and any(path.iterdir())
         if taken and not overwrite:
             raise NunchakuError(f"{path}: exists already; name another folder, or replace it with --overwrite")
-        if path.is_file() and path.suffix != ".safetensors":
+        if path.is_file() and path.suffix.lower() != ".safetensors":
             raise NunchakuError(f"{path}: is a file; name a folder, or a file ending in .safetensors")
         return Output(path, path.with_name(path.name + ".partial"))
 
@@ -71,7 +71,7 @@ class Output:
 
     def write(self, source: Source, models: dict[str, Any], report: Any) -> None:
         """Everything into the work folder first; then it takes its name, and only then the finished blocks go."""
-        if self.path.suffix == ".safetensors":
+        if self.path.suffix.lower() == ".safetensors":
             from ..checkpoint import save
 
             save(next(iter(models.values())), self.path)

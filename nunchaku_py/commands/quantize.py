@@ -104,10 +104,14 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
         raise NunchakuError(f"--states and --rank: expected numbers above 0, got {args.states} and {args.rank}")
     if args.prompts is not None and source.index is None:
         raise NunchakuError(f"{source.path}: prompts need a whole pipeline to run, this is a model alone")
-    if args.out.suffix == ".safetensors" and len(components) > 1:
+    if args.out.suffix.lower() == ".safetensors" and len(components) > 1:
         raise NunchakuError(f"{args.out}: one file holds one model, {len(components)} components are to be quantized")
     prompts = None if args.prompts is None else _prompts(args.prompts)
-    return Wanted(components, dict(_pair(rule, "--rule", "GLOB=CHOICE") for rule in args.rule), prompts,
+    rules: dict[str, str] = {}
+    for glob, choice in (_pair(rule, "--rule", "GLOB=CHOICE") for rule in args.rule):
+        rules.pop(glob, None)  # said again it takes the later place
+        rules[glob] = choice
+    return Wanted(components, rules, prompts,
                   args.dtype or source.dtype(list(components)))
 
 
@@ -138,7 +142,7 @@ def _pair(text: str, option: str, form: str, default: str | None = None) -> tupl
 def _prompts(path: Path) -> list[str | dict[str, Any]]:
     """A line is a prompt, or a JSON object of arguments of the pipeline."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise NunchakuError(f"{path}: cannot be read: {error}") from error
     if not any(lines):

@@ -27,6 +27,9 @@ class Unit:
     block: str = ""  # name of the block it is in; "" outside the blocks
     k_range: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        return ", ".join(self.names)
+
 
 @dataclass
 class Plan:
@@ -81,6 +84,7 @@ def plan(model: nn.Module, kind: str = "w4a4", rules: Mapping[str, str] | None =
     out = Plan(blocks=tuple(blocks), weights={name: module.weight.numel() for name, module in linears.items()})
     out.kept = {name: kept[name] for name in linears if name not in chosen} | _unusable(model)
     out.weights |= {name: model.get_submodule(name).weight.numel() for name in out.kept}
+    out.kept |= _aliases(model, linears)
     for name, block in blocks.items():
         out.units += _units_of_block(name, block, chosen, pattern)
     inside = out.choices
@@ -129,6 +133,16 @@ def _unusable(model: nn.Module) -> dict[str, str]:
         name: f"is a {type(module).__name__}, not a plain nn.Linear"
         for name, module in others.items()
         if not is_linear(module)
+    }
+
+
+def _aliases(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Further names of linears that are registered more than once, with the reason why they keep the 16-bit module."""
+    first = {id(linear): name for name, linear in linears.items()}
+    return {
+        name: f"is the same module as {first[id(module)]}, under which it is quantized"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in first and first[id(module)] != name
     }
 
 

@@ -177,3 +177,12 @@ def test_a_loaded_lora_is_an_error(flux: nn.Module) -> None:
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(NunchakuError, match="LoRA"):
         plan(model)
+
+
+def test_a_linear_of_two_names_is_reported_under_both() -> None:
+    block = lambda: nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})  # noqa: E731
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()])})
+    model["blocks"][1]["a"] = model["blocks"][0]["a"]
+    got = plan(model)
+    assert "blocks.0.a" in got.choices
+    assert got.kept["blocks.1.a"] == "is the same module as blocks.0.a, under which it is quantized"
