@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .arguments import LARGEST_SEED, whole
 from .sources import quiet_libraries
 
 SUMMARY = "quantize a miniature FLUX pipeline end to end and print what it gives"
@@ -17,7 +18,7 @@ EXAMPLES = "  nunchaku-py demo\n  nunchaku-py demo --out ./demo --seed 1\n"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("nunchaku_py_demo"), metavar="DIR",
                         help="folder for checkpoints, images and the table (default ./nunchaku_py_demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the weights (default 0)")
     parser.add_argument("--tiny", action="store_true", help="a quarter of the size: seconds, and coarser numbers")
 
 

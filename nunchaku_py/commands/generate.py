@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
+from .arguments import LARGEST_SEED, whole
 from .sources import DENOISERS, Source, device_for, loading, quantization_of, quiet_libraries, read_json, weight_bytes
 
 SUMMARY = "run a pipeline folder and write its images"
@@ -25,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("pipeline", type=Path, metavar="PIPELINE_DIR", help="a folder with model_index.json")
     add("--prompt", help="what to paint")
     add("--negative-prompt", help="what not to paint, where the pipeline takes this")
-    add("--steps", type=int, metavar="N", help="denoising steps")
-    add("--width", type=int, metavar="PIXELS")
-    add("--height", type=int, metavar="PIXELS")
+    add("--steps", type=whole(1), metavar="N", help="denoising steps")
+    add("--width", type=whole(1), metavar="PIXELS")
+    add("--height", type=whole(1), metavar="PIXELS")
     add("--guidance", type=float, metavar="SCALE", help="guidance scale")
-    add("--count", type=int, metavar="N", help="images for the prompt")
-    add("--seed", type=int, default=0, help="of the initial noise (default 0)")
+    add("--count", type=whole(1), metavar="N", help="images for the prompt")
+    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the initial noise (default 0)")
     add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"), help="activations of the 4-bit linears")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="of everything else (default: the checkpoint's)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")

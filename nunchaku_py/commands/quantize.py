@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
+from .arguments import LARGEST_SEED, whole
 from .output import Output
 from .sources import (
     DENOISERS,
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT_DIR", help="a new folder, or a new file ending in .safetensors")
     add("--recipe", default="svdquant-int4", metavar="NAME",
         help="svdquant-int4 (default), svdquant-nvfp4, rtn-int4, rtn-nvfp4 or w4a16-int4")
-    add("--rank", type=int, metavar="R", help="rank of the 16-bit branch (default: the recipe's)")
+    add("--rank", type=whole(0), metavar="R", help="rank of the 16-bit branch (default: the recipe's)")
     add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"),
         help="activations while calibrating with feedback; the file does not depend on the mode it is run in")
     add("--rule", action="append", default=[], metavar="GLOB=CHOICE",
@@ -54,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which of a pipeline's models, each with its own recipe if named (default: the denoiser)")
     add("--prompts", type=Path, metavar="FILE", 
         help='calibrate on these, a prompt or {"prompt": …, "height": …} on each line')
-    add("--states", type=int, default=16, metavar="N", help="denoising states to calibrate on (default 16)")
+    add("--states", type=whole(1), default=16, metavar="N", help="denoising states to calibrate on (default 16)")
     add("--no-feedback", action="store_true", help="calibrate every block on what 16-bit blocks before it give")
-    add("--seed", type=int, default=0, help="of everything random (default 0)")
+    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of everything random (default 0)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute in this type (default: the file's 16-bit type)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
     add("--overwrite", action="store_true", help="replace OUT_DIR if it is there")
