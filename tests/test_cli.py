@@ -77,8 +77,11 @@ def test_module_runs_as_a_command():
     assert done.returncode == 0 and done.stdout.startswith("nunchaku-py ")
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["quantize", "only-one"], ["quantize", "a", "b", "--mode", "a5"], ["quantize", "a", "b", "--states", "0"], ["quantize", "a", "b", "--seed", "9" * 20],
-                                  ["generate", "a", "--prompt", "x", "--steps", "0"]])
+@pytest.mark.parametrize("argv", [
+    [], ["fly"], ["quantize", "only-one"], ["quantize", "a", "b", "--mode", "a5"],
+    ["quantize", "a", "b", "--states", "0"],
+    ["quantize", "a", "b", "--seed", "9" * 20], ["generate", "a", "--prompt", "x", "--steps", "0"],
+])
 def test_wrong_usage_exits_with_two(argv: list[str]):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
