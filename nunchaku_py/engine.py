@@ -6,7 +6,7 @@ belong together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,9 @@ class Engine:
         n, k = min(w.shape[0] for w in weights), weights[0].shape[1]
         if stats is None:
             stats = Stats.white(k, unit.gelu, self.context.seed, weights[0].device)
+        if unit.gelu and stats.tokens.min() < -GELU_SHIFT:  # the shift would not make it positive, and cut it off
+            self.context.log(f"{unit}: is taken for the output of a GELU, but its input reaches below; not shifted")
+            unit = replace(unit, gelu=False)
         return Work.of(unit.names, weights, self.site_of(unit, n, k), stats)
 
 

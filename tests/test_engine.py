@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nunchaku_py.engine import GELU_SHIFT, Engine, jobs_of
+from benchmarks.quality.synthetic import stats_of
+from nunchaku_py.engine import GELU_SHIFT, Engine, Job, jobs_of
 from nunchaku_py.errors import NunchakuError
 from nunchaku_py.linear import QuantConv1x1, QuantLinear
 from nunchaku_py.methods.work import Context
@@ -121,3 +122,17 @@ def test_a_recipe_may_ask_for_larger_int4_groups() -> None:
         assert rel(made["fc"](x), modules["fc"](x)) < 0.2, mode
     with pytest.raises(NunchakuError, match="group is a number of int4 weights"):
         replace(RECIPES["svdquant-nvfp4"], group=32)
+
+
+def test_an_input_that_is_no_gelu_output_is_not_shifted() -> None:
+    """A guess from names is checked against the data, where there is some."""
+    fc, unit = nn.Linear(64, 96), Unit(("fc",), "w4a4", gelu=True)
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    said: list[str] = []
+    for data, shift in ((nn.functional.gelu(x), GELU_SHIFT), (x, 0.0)):
+        context = Context(log=said.append)
+        with torch.no_grad():
+            job = Job("", ("fc",), (unit,))
+            made, _ = Engine(RECIPES["svdquant-int4"], context).run(job, {"fc": fc}, {unit: stats_of(data)})
+        assert made["fc"].site.shift == shift
+    assert said == ["fc: is taken for the output of a GELU, but its input reaches below; not shifted"]
