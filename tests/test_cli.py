@@ -372,3 +372,11 @@ def test_mistakes_of_generate(pipeline: Path, quantized: Path, tmp_path: Path, r
 
 def test_quantize_is_the_function_after_the_commands_are_imported():
     assert callable(quantize)
+
+
+def test_a_folder_of_the_work_folders_name_is_not_touched(refuses, pipeline: Path, tmp_path: Path):
+    mine = tmp_path / "o.partial" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert "exists and is not unfinished work" in refuses("quantize", pipeline, tmp_path / "o")
+    assert mine.read_text() == "mine"

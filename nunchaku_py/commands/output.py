@@ -46,6 +46,9 @@ class Output:
         """Make the work folder, or go on with it if it is of the same command."""
         known = self.work / _COMMAND
         try:
+            if self.work.is_file() or (self.work.is_dir() and any(self.work.iterdir()) and not known.exists()):
+                raise NunchakuError(f"{self.work}: exists and is not unfinished work of this command; move it away, or "
+                                    "name another output")
             self.work.mkdir(parents=True, exist_ok=True)
             if known.exists() and known.read_text() != settings and self._finished():
                 raise NunchakuError(f"{self.work}: holds the unfinished work of another command (other model, prompts "

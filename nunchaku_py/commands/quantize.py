@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = _wanted(args, source)
     output = Output.at(args.out, args.model, args.overwrite)
     source.check(list(source.models) if wanted.prompts else list(wanted.components))
+    quiet_libraries(args.verbose)  # slow: it imports them
     output.open(_settings(args, wanted))
-    quiet_libraries(args.verbose)
     try:
         models, report = _quantized(args, source, wanted, output)
         output.write(source, models, report)
