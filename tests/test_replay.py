@@ -337,8 +337,16 @@ def test_nan_names_the_site():
     assert untouched(model)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal; a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("where", ["in a forward", "in finish"])
-def test_ctrl_c_leaves_nothing_behind(where):
+def test_ctrl_c_leaves_nothing_behind(where, ctrl_c):
     model, states = toy()
     steps = []
 
