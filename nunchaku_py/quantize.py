@@ -19,6 +19,7 @@ from .calibrate import State, capture_states
 from .collect import SiteTap
 from .engine import Engine, Job, jobs_of
 from .errors import NunchakuError
+from .folders import DENOISERS
 from .methods.work import Context, Stats
 from .models.discover import linears_in
 from .models.plan import Plan, Unit, plan
@@ -30,8 +31,6 @@ from .report import Report, SiteRow, merged
 from .resume import FinishedBlocks, fingerprint
 from .site import MODES
 from .swap import Quantized, prepare, quantized_sites, replace_modules
-
-DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 def quantize(target: Any, recipe: str | Recipe = "svdquant-int4", data: Any = None, mode: str = "auto", *,

@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import NunchakuError
+from ..folders import read_json
 from ..linear import QuantizedSite
 from ..split_linear import SplitLinear
 from ..swap import quantized_models
 from .manifest import QUANT_METHOD, Manifest
-from .validate import check_keys, check_loaded, check_state, is_quantized, split_parameter, stored_keys
+from .validate import check_keys, check_loaded, check_state, split_parameter, stored_keys
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> Path:
@@ -33,8 +34,6 @@ def save(model: Any, path: str | os.PathLike[str]) -> Path:
         raise NunchakuError(f"{type(model).__name__}: only models of diffusers and transformers know how to be saved")
     if single and not isinstance(model, nn.Module):
         raise NunchakuError(f"{path}: a pipeline is saved to a folder; save its model to a single file instead")
-    if isinstance(model, nn.Module) and not is_quantized(model):
-        raise NunchakuError(f"{type(model).__name__} holds no quantized linears: quantize it first")
     for part in quantized_models(model):
         check_state(part.state_dict())
     _write_then_rename(path, lambda to: _write_single(model, to) if single else _write_folder(model, to))
@@ -64,13 +63,6 @@ def model_class(config: dict[str, Any], source: str) -> Any:
     if found is None:
         raise NunchakuError(f"{source}: model class {name!r} is not one that diffusers or transformers has")
     return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise NunchakuError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
-from ..swap import prepare, quantized_modules, quantized_sites
+from ..swap import prepare, quantized_sites
 
 _MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
 _SHOWN = 3
@@ -92,10 +92,6 @@ def stored_keys(path: str | Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise NunchakuError(f"{path}: not a readable safetensors file: {error}") from error
-
-
-def is_quantized(model: nn.Module) -> bool:
-    return bool(quantized_modules(model))
 
 
 def _some(names: list[str]) -> str:

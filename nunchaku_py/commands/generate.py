@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
+from ..folders import DENOISERS, read_json
 from .arguments import LARGEST_SEED, whole
-from .sources import DENOISERS, Source, device_for, loading, quantization_of, quiet_libraries, read_json, weight_bytes
+from .sources import Source, device_for, loading, quantization_of, quiet_libraries, weight_bytes
 
 SUMMARY = "run a pipeline folder and write its images"
 DESCRIPTION = ("Load a quantized (or 16-bit) pipeline folder, run it on a GPU if there is one with room for it,\n"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
+from ..folders import read_json
 from .headers import Header, TensorHeader, read_header
-from .sources import class_name, quantization_of, read_json, weight_bytes
+from .sources import class_name, quantization_of, weight_bytes
 from .tables import size, table
 
 SUMMARY = "what is in a checkpoint: sites, formats, ranks, sizes"

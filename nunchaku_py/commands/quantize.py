@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
+from ..folders import DENOISERS
 from .arguments import LARGEST_SEED, whole
 from .output import Output
 from .sources import (
-    DENOISERS,
     Source,
     device_for,
     load_model,

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
+from ..folders import read_json
 from .headers import Header, read_header
 
-DENOISERS = ("transformer", "transformer_2", "unet")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "bf16"}  # 32-bit files are run and quantized in 16 bit
 
@@ -76,16 +75,6 @@ def weight_bytes(folder: Path) -> int:
     """Of the safetensors files if there are any, else of the others."""
     files = sorted(folder.glob("*.safetensors")) or weight_files(folder)
     return sum(file.stat().st_size for file in files)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise NunchakuError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise NunchakuError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
 
 
 def class_name(config: dict[str, Any]) -> str:
@@ -160,5 +149,5 @@ def quiet_libraries(verbose: bool) -> None:
         library.utils.logging.disable_progress_bar()
 
 
-__all__ = ["DENOISERS", "DTYPES", "Header", "Source", "class_name", "device_for", "load_model", "load_pipeline",
-           "loading", "quantization_of", "quiet_libraries", "read_json", "torch_dtype", "weight_bytes", "weight_files"]
+__all__ = ["DTYPES", "Header", "Source", "class_name", "device_for", "load_model", "load_pipeline",
+           "loading", "quantization_of", "quiet_libraries", "torch_dtype", "weight_bytes", "weight_files"]
