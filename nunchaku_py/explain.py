@@ -1,13 +1,19 @@
-"""Why a quantized model runs the way it does: for each kind of site the backend it runs on, and why others refuse."""
+"""Why a quantized model runs the way it does: for each kind of site the backend it runs on, and why others refuse; for
+each pattern that runs modules together where it holds, and why not elsewhere."""
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from . import ops
 from .errors import NunchakuError
+from .fusion import modules_of
 from .linear import LINEAR_OPS, QuantizedSite
+from .models.pattern import pattern_of
 from .swap import quantized_models, quantized_sites
 
 
@@ -26,17 +32,33 @@ class Explanation:
         return f"{self.op} ({self.call}), {self.sites} sites: runs on {self.backend}" + (f" — {why}" if why else "")
 
 
-class Explanations(list[Explanation]):
-    """A list that prints one sentence a line."""
+@dataclass(frozen=True)
+class PatternUse:
+    """In how many of the modules that a pattern concerns it is used, and why it is not in so many others."""
+
+    name: str
+    used: int
+    refusals: dict[str, int]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self))
+        return "; ".join([f"{self.name}: in {self.used} modules",
+                          *(f"not in {count}: {reason}" for reason, count in self.refusals.items())])
+
+
+class Explanations(list[Explanation]):
+    """A list that prints one sentence a line; then those of the patterns."""
+
+    patterns: list[PatternUse]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, [*self, *self.patterns]))
 
 
 def explain(target: object, rows: int = 64) -> Explanations:
     """What each distinct call of a model's (or pipeline's) quantized linears runs on, for inputs of so many rows."""
     kinds: dict[tuple[str, int, int, str], list[QuantizedSite]] = {}
-    for site in (site for model in quantized_models(target) for site in quantized_sites(model)):
+    models = quantized_models(target)
+    for site in (site for model in models for site in quantized_sites(model)):
         if not site.has_data():
             raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove offloading")
         site.pack()
@@ -45,7 +67,16 @@ def explain(target: object, rows: int = 64) -> Explanations:
     found = Explanations()
     for sites in kinds.values():
         found += _explain_site(sites[0], len(sites), rows)
+    found.patterns = _explain_patterns(models)
     return found
+
+
+def _explain_patterns(models: Iterable[nn.Module]) -> list[PatternUse]:
+    answers: dict[str, Counter[str | None]] = {}
+    for model in models:
+        for fusion, module in modules_of(model, pattern_of(model).fusions):
+            answers.setdefault(fusion.name, Counter())[fusion.refuses(module)] += 1
+    return [PatternUse(name, count.pop(None, 0), dict(count)) for name, count in answers.items()]
 
 
 @torch.no_grad()

@@ -52,10 +52,15 @@ class SplitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise NunchakuError(f"input: expected (…, {self.in_features}), got {tuple(x.shape)}")
-        y = sum(part(x[..., k0:k1]).float() for part, (k0, k1) in zip(self.parts, self.ranges, strict=True))
+        outputs = [part(x[..., k0:k1]) for part, (k0, k1) in zip(self.parts, self.ranges, strict=True)]
+        return self.total(outputs).to(as_autocast(x).dtype)
+
+    def total(self, outputs: Sequence[Tensor]) -> Tensor:
+        """fp32: the sum of what the parts gave, with the bias."""
+        y = sum(output.float() for output in outputs)
         for term in (self.bias, *(part.unshift for part in self.parts)):
             y = y if term is None else y + term.float()
-        return y.to(as_autocast(x).dtype)
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, parts={list(self.ranges)}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from . import fusion
 from .errors import NunchakuError
 from .linear import QuantConv1x1, QuantizedSite, QuantLinear
 from .models.pattern import pattern_of
@@ -93,6 +94,14 @@ def set_mode(target: object, mode: str) -> None:
             site.set_mode(mode)
 
 
+def set_fusion(target: object, enabled: bool) -> None:
+    """Let the linears of a model, or of a pipeline's models, run together where patterns know how, or one by one."""
+    if not isinstance(enabled, bool):
+        raise NunchakuError(f"set_fusion: enabled is True or False, not {enabled!r}")
+    for model in quantized_models(target):
+        fusion.set_enabled(model, enabled)
+
+
 def quantized_models(target: object) -> list[nn.Module]:
     """The model itself, or those of a pipeline's that hold quantized linears."""
     parts = [target] if isinstance(target, nn.Module) else list(getattr(target, "components", {}).values())
@@ -103,9 +112,8 @@ def quantized_models(target: object) -> list[nn.Module]:
 
 
 def prepare(model: nn.Module) -> None:
-    """Give a model whose linears were replaced what else its architecture provides (shared inputs of attention)."""
-    for step in pattern_of(model).prepare:
-        step(model)
+    """Give a model whose linears were replaced what else its architecture provides: patterns that run together."""
+    fusion.install(model, pattern_of(model).fusions)
     for module in model.modules():
         if callable(getattr(module, "fuse_projections", None)):
             module.fuse_projections = refuse_fusing
@@ -133,5 +141,6 @@ def dequantize(model: nn.Module) -> nn.Module:
         replace_module(out, name, module.dense())
     for module in out.modules():
         vars(module).pop("fuse_projections", None)
+    fusion.remove(out)
     unattach(out)
     return out

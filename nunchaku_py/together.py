@@ -1,64 +1,112 @@
-"""Linears that read one input, run together: the input is quantized once, the modules stay separate.
+"""Linears that read one input quantize it once; the modules stay separate, which adapters and offloading address.
 
-An attention processor that knows which projections share an input hands diffusers' own processor an `AttentionView`,
-in which these projections already have their results.
+The module that holds them (attention, a gated feed-forward) runs its own forward, and its own attention processor, on
+a `View` of itself, whose linears notice that they are given the very same tensor.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .linear import QuantLinear, wants_gradient
+from .fusion import Fusion, class_path, is_hooked, own_forward, why_not_installed
+from .linear import QuantizedInput, QuantLinear, wants_gradient
 from .precision import as_autocast
 
-
-def apply_together(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
-    """y of each module for one input x, which is quantized once where they share smooth factors and `down`."""
-    x = as_autocast(x)
-    if not share_input(modules) or wants_gradient(x):
-        return tuple(module(x) for module in modules)
-    rows = x.reshape(-1, modules[0].in_features)
-    quantized = modules[0].quantize_input(rows)
-    return tuple(module.multiply(quantized, rows.dtype).reshape(*x.shape[:-1], module.out_features)
-                 for module in modules)
+Seen = tuple[Tensor, tuple[str, str], QuantizedInput]  # (a tensor, input_key of the site that read it, what it became)
 
 
-def share_input(modules: Sequence[nn.Module]) -> bool:
-    """Whether one quantized input serves all: the same smooth factors, `down` and activation format, and nothing hooked
-    onto or wrapped around a member (offloading, adapters), which wants to see its call."""
-    if not all(type(module) is QuantLinear and module.site.has_smooth and not _is_hooked(module) for module in modules):
-        return False
-    for module in modules:
-        module.ensure_packed()
-    return len({module.input_key for module in modules}) == 1
+class View:
+    """A module as its forward sees it: linears called on one tensor share its quantized form.
 
+    seen: inputs that are quantized already. instead: what stands for some attributes of the module.
+    """
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks or hasattr(module, "_hf_hook")
-                or hasattr(module, "_diffusers_hook"))
-
-
-class AttentionView:
-    """An attention module as a processor sees it, with some projections computed beforehand."""
-
-    def __init__(self, attention: nn.Module, inputs: Sequence[tuple[Tensor, Sequence[str]]]) -> None:
-        self._attention, self._results = attention, {}
-        for x, names in inputs:
-            modules = [getattr(attention, name) for name in names]
-            self._results.update(zip(names, map(_Result, apply_together(modules, x)), strict=True))
+    def __init__(self, module: nn.Module, seen: Sequence[Seen] = (), **instead: Any) -> None:
+        self.__dict__.update(_module=module, _seen=list(seen), _instead=instead)
 
     def __getattr__(self, name: str) -> Any:
-        results = self.__dict__["_results"]
-        return results[name] if name in results else getattr(self.__dict__["_attention"], name)
+        instead = self.__dict__["_instead"]
+        if name in instead:
+            return instead[name]
+        value = getattr(self.__dict__["_module"], name)
+        return _Sharing(value, self.__dict__["_seen"]) if type(value) is QuantLinear else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_module"], name, value)
 
 
-class _Result:
-    """Stands for a projection whose output is there already."""
+class _Sharing:
+    """A linear that looks first whether its input has been quantized the same way."""
 
-    def __init__(self, y: Tensor) -> None:
-        self.y = y
+    def __init__(self, linear: QuantLinear, seen: list[Seen]) -> None:
+        self._linear, self._seen = linear, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_linear"], name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.y
+        linear = self._linear
+        if is_hooked(linear) or not linear.site.has_smooth or x.shape[-1] != linear.in_features or wants_gradient(x):
+            return linear(x)
+        linear.ensure_packed()
+        cast = as_autocast(x)
+        return linear.multiply(self._quantized(x, cast), cast.dtype).reshape(*x.shape[:-1], linear.out_features)
+
+    def _quantized(self, x: Tensor, cast: Tensor) -> QuantizedInput:
+        key = self._linear.input_key
+        for tensor, other, quantized in self._seen:
+            if tensor is x and other == key:
+                return quantized
+        quantized = self._linear.quantize_input(cast.reshape(-1, x.shape[-1]))
+        self._seen[:] = [(x, key, quantized)]  # the last is enough: projections of one input are called in a row
+        return quantized
+
+
+def shared_input(linears: Sequence[nn.Module]) -> bool:
+    """Whether one quantized input serves all, and nothing hooked onto or wrapped around one wants to see its call."""
+    return all(map(_can_share, linears)) and len(_keys(linears)) == 1
+
+
+def _can_share(linear: nn.Module) -> bool:
+    return type(linear) is QuantLinear and linear.site.has_smooth and not is_hooked(linear)
+
+
+def _keys(linears: Sequence[QuantLinear]) -> set[tuple[str, str]]:
+    for linear in linears:
+        linear.ensure_packed()
+    return {linear.input_key for linear in linears}
+
+
+def concerns(module: nn.Module) -> bool:
+    """Two linears of as many inputs in a module of diffusers' own, whose forward runs on something that is not the
+    module itself (super() would not)."""
+    if not class_path(module).startswith("diffusers.") or _calls_super(type(module).forward):
+        return False
+    wide = [child.in_features for child in module.children() if type(child) is QuantLinear and child.site.has_smooth]
+    return len(set(wide)) < len(wide)
+
+
+def _calls_super(function: Callable[..., Any]) -> bool:
+    return "__class__" in inspect.unwrap(function).__code__.co_freevars
+
+
+def refuses(module: nn.Module) -> str | None:
+    """Why every linear of this module quantizes its input for itself, or None."""
+    processor = getattr(module, "processor", None)
+    if processor is not None and not class_path(processor).startswith("diffusers."):
+        return why_not_installed(module) or f"its attention processor {class_path(processor)} is not diffusers' own"
+    linears = [child for child in module.children() if _can_share(child)]
+    alike = len(_keys(linears)) < len(linears)
+    return why_not_installed(module) or (None if alike else "no two linears without hooks read their input alike")
+
+
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if refuses(module):
+        return own_forward(module)(*args, **kwargs)
+    return type(module).forward(View(module), *args, **kwargs)
+
+
+SHARED_INPUTS = Fusion("one quantized input for linears that share it", concerns, refuses, forward)

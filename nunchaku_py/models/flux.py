@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .discover import is_gelu
+from .flux_blocks import DOUBLE_BLOCKS, SINGLE_BLOCKS
 from .pattern import GENERIC, Parts
 
 
@@ -14,20 +15,6 @@ def split_proj_out(linear: nn.Module, block: nn.Module) -> Parts | None:
         return None
     k, mlp = linear.in_features, block.proj_mlp.out_features
     return ((0, k - mlp, False), (k - mlp, k, True)) if k > mlp else None
-
-
-def share_attention_inputs(model: nn.Module) -> None:
-    """Attention with diffusers' plain processor quantizes its inputs once; any other processor (IP-Adapter) stays."""
-    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-
-    from .flux_processor import SharedInputProcessor
-
-    for module in model.modules():
-        old = getattr(module, "processor", None)
-        if type(old) is FluxAttnProcessor:
-            new = SharedInputProcessor()
-            new._attention_backend, new._parallel_config = old._attention_backend, old._parallel_config
-            module.set_processor(new)
 
 
 FLUX = GENERIC.extend(
@@ -46,5 +33,5 @@ FLUX = GENERIC.extend(
     ),
     groups=(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),),
     parts=(("proj_out", split_proj_out),),
-    prepare=(share_attention_inputs,),
+    fusions=(DOUBLE_BLOCKS, SINGLE_BLOCKS),
 )

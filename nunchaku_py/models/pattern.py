@@ -8,6 +8,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..feed_forward import FEED_FORWARDS
+from ..fusion import Fusion
+from ..together import SHARED_INPUTS
+
 Parts = tuple[tuple[int, int, bool], ...]  # (k0, k1, its values come from a GELU) of each K-part, covering 0..K
 
 
@@ -32,7 +36,7 @@ class Pattern:
     modulation: tuple[str, ...] = ()  # one row per sample: weight-only
     keep: tuple[tuple[str, str], ...] = ()  # (glob, reason): stays 16 bit
     parts: tuple[tuple[str, Callable[[nn.Module, nn.Module], Parts | None]], ...] = ()  # (glob, f(linear, block))
-    prepare: tuple[Callable[[nn.Module], None], ...] = ()  # what a quantized model gets besides its linears
+    fusions: tuple[Fusion, ...] = ()  # what runs together in a quantized model; the first that concerns a module has it
 
     def extend(self, **more: tuple) -> Pattern:
         """A pattern of which this one is the rest: what `more` says comes first."""
@@ -77,6 +81,7 @@ GENERIC = Pattern(
         ("*.processor.*", "belongs to an attention processor (IP-Adapter): few rows, loaded and unloaded by the user"),
         ("*.router*", "chooses experts: a rounding error there changes which weights are used"),
     ),
+    fusions=(FEED_FORWARDS, SHARED_INPUTS),
 )
 
 

@@ -1,0 +1,118 @@
+"""Fused patterns: modules of diffusers' that run their quantized linears together, so that 16-bit tensors between them
+are never made. Class, signature, state and tree of a module stay; its forward is set on the instance, asks at every
+call whether the pattern holds, and hands over to the class's own forward where it does not.
+"""
+from __future__ import annotations
+
+import inspect
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from .errors import NunchakuError
+
+ENVIRONMENT = "NUNCHAKU_PY_FUSION"
+SWITCHED_OFF = f"switched off, by nq.set_fusion or {ENVIRONMENT}=0"
+_ATTRIBUTE = "nunchaku_fused"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A pattern. forward(module, *args, **kwargs) calls `own_forward` where `refuses(module)` gives a sentence."""
+
+    name: str
+    concerns: Callable[[nn.Module], bool]
+    refuses: Callable[[nn.Module], str | None]
+    forward: Callable[..., Any]
+
+
+class FusedForward:
+    """`forward` of one instance. It knows its module weakly, so that a model is freed when it is let go of, and is
+    rebuilt around the copy when a model is copied or pickled."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], enabled: bool) -> None:
+        self._module, self.function, self.enabled = weakref.ref(module), function, enabled
+        self.__signature__ = inspect.signature(MethodType(type(module).forward, module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self._module(), *args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return FusedForward, (self._module(), self.function, self.enabled)
+
+
+def install(model: nn.Module, fusions: Iterable[Fusion]) -> None:
+    """Set the forwards of the patterns, except where another (offloading, caching) has replaced a forward before."""
+    enabled = enabled_by_default()
+    for fusion, module in modules_of(model, fusions):
+        if "forward" not in vars(module):
+            module.forward = FusedForward(module, fusion.forward, enabled)
+            setattr(module, _ATTRIBUTE, module.forward)
+
+
+def modules_of(model: nn.Module, fusions: Iterable[Fusion]) -> Iterator[tuple[Fusion, nn.Module]]:
+    """Every pattern with every module that it concerns; a module has one pattern."""
+    fusions = tuple(fusions)
+    for module in model.modules():
+        fusion = next((fusion for fusion in fusions if fusion.concerns(module)), None)
+        if fusion is not None:
+            yield fusion, module
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `install`. Where a hook came on top its reference stays, to a forward that then always steps aside."""
+    for module in model.modules():
+        fused = vars(module).pop(_ATTRIBUTE, None)
+        if fused is not None and vars(module).get("forward") is fused:
+            del module.forward
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    for module in model.modules():
+        fused = vars(module).get(_ATTRIBUTE)
+        if fused is not None:
+            fused.enabled = enabled
+
+
+def enabled_by_default() -> bool:
+    value = os.environ.get(ENVIRONMENT, "1")
+    if value not in ("0", "1"):
+        raise NunchakuError(f"{ENVIRONMENT}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def why_not_installed(module: nn.Module) -> str | None:
+    """What every pattern refuses for."""
+    fused = vars(module).get(_ATTRIBUTE)
+    if fused is None:
+        return "its forward had been replaced (by a hook?) before the linears were"
+    return None if fused.enabled else SWITCHED_OFF
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class, which calls the modules in it one by one."""
+    return MethodType(type(module).forward, module)
+
+
+def class_path(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+# ------------------------------------------------------------------------------------------------ reasons to step aside
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something wants to see the module's call: hooks, offloading, caching, or a forward of the user's."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return True
+    forward = vars(module).get("forward")  # removing a hook leaves the class's own forward there, bound
+    return not (forward is None or type(forward) is FusedForward
+                or getattr(forward, "__func__", None) is type(module).forward)
+
+
+def hooked(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    name = next((name for name, module in modules if is_hooked(module)), None)
+    return None if name is None else f"{name} has a hook (offloading, caching, or the user's), which must see its call"
