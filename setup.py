@@ -27,7 +27,10 @@ from setuptools import find_namespace_packages, setup
 ROOT = Path(__file__).resolve().parent
 CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120a")
 CUDA_SOURCES = {"csrc/cuda/device_info.cu": None}  # file -> the targets it is meant for; None: whatever is asked for
-CPU_SOURCES = ("csrc/module.cpp", "csrc/cpu/features.cpp")
+CPU_SOURCES = ("csrc/module.cpp", *sorted(f"csrc/cpu/{path.name}" for path in (ROOT / "csrc/cpu").glob("*.cpp")))
+# Contracted or reordered arithmetic would round otherwise than the references. Each instruction set's file switches
+# it on by itself: nothing here may depend on the machine that builds.
+CPU_OPTIONS = ("/O2",) if os.name == "nt" else ("-O3", "-ffp-contract=off", "-fno-strict-aliasing")
 # One minor version, so that compiler, headers and runtime belong together, and any driver of CUDA 13 runs the result.
 CUDA_PACKAGES = tuple(
     f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "cuda-cccl", "nvvm")
@@ -183,7 +186,7 @@ def build_info(cuda_status: str, targets: tuple[str, ...]) -> str:
 
 def native_build() -> dict:
     """ext_modules and cmdclass. Only a build needs pybind11; tests import this file for its other parts."""
-    from pybind11.setup_helpers import Pybind11Extension, build_ext
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 
     class BuildNative(build_ext):
         def build_extension(self, ext) -> None:
@@ -204,7 +207,10 @@ def native_build() -> dict:
                 say(f"the native module could not be compiled: {error}")
                 raise
 
+    ParallelCompile("MAX_JOBS", default=0).install()
     extension = Pybind11Extension("nunchaku_py._native", list(CPU_SOURCES), include_dirs=["csrc"], cxx_std=20)
+    extension.extra_compile_args += CPU_OPTIONS
+    extension.libraries += ["dl", "pthread"] if sys.platform == "linux" else []
     # Without a C++ compiler the package still installs: plain PyTorch and Triton serve, and native.status() says so.
     extension.optional = cuda_switch() != "1"
     extension.depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]

@@ -4,6 +4,8 @@
 
 #include "build_info.h"  // written by setup.py: what was built, in a sentence
 #include "cpu/features.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 #ifdef NUNCHAKU_PY_WITH_CUDA
 #include "cuda/device_info.h"
 #endif
@@ -39,6 +41,80 @@ py::dict cpu_features() {
   return result;
 }
 
+using namespace nunchaku_py::cpu;
+using Address = std::uintptr_t;
+using Operand = std::pair<Address, int>;  // where it is, and its Type
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Array array(const Operand& operand) { return {pointer<const void>(operand.first), static_cast<Type>(operand.second)}; }
+
+QuantizeArguments quantize_arguments(Operand x, std::int64_t m, std::int64_t k, Address inv_smooth, Address down,
+                                     std::int64_t r, int format, std::int64_t group, float shift, Address qx,
+                                     Address sx, Address h, int threads) {
+  QuantizeArguments a;
+  a.x = array(x), a.m = m, a.k = k, a.r = r, a.threads = threads;
+  a.inv_smooth = pointer<const float>(inv_smooth), a.down = pointer<const void>(down);
+  a.format = static_cast<Format>(format), a.group = group, a.shift = shift;
+  a.qx = pointer<void>(qx), a.sx = pointer<void>(sx), a.h = pointer<float>(h);
+  return a;
+}
+
+void set_norm(QuantizeArguments& a, int norm, float eps, Operand weight, Operand scale, Operand shift,
+              std::int64_t samples) {
+  a.norm = static_cast<Norm>(norm), a.eps = eps, a.samples = samples;
+  a.norm_weight = array(weight), a.scale = array(scale), a.modulate_shift = array(shift);
+}
+
+LinearArguments linear_arguments(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r, Address qx, Operand sx,
+                                 int act, Address qw, Operand sw, int weight, std::int64_t group, Operand aux, Address h,
+                                 Operand up, Operand bias, Operand y, Address row_scales, int threads) {
+  LinearArguments a;
+  a.m = m, a.n = n, a.k = k, a.r = r, a.threads = threads;
+  a.qx = pointer<const void>(qx), a.sx = pointer<const void>(sx.first), a.act_scales = static_cast<Type>(sx.second);
+  a.act = static_cast<Format>(act), a.weight = static_cast<Format>(weight), a.group = group;
+  a.qw = pointer<const std::uint8_t>(qw), a.sw = pointer<const void>(sw.first);
+  a.weight_scales = static_cast<Type>(sw.second), a.aux = array(aux);
+  a.row_scales = pointer<const float>(row_scales);
+  a.h = pointer<const float>(h), a.up = array(up), a.bias = array(bias);
+  a.y = pointer<void>(y.first), a.out = static_cast<Type>(y.second);
+  return a;
+}
+
+void set_ending(LinearArguments& a, int ending, int activation, bool gate_first, Operand gate, std::int64_t samples,
+                Address residual) {
+  a.ending = static_cast<Ending>(ending), a.activation = static_cast<Activation>(activation);
+  a.gate_first = gate_first, a.gate = array(gate), a.samples = samples, a.residual = pointer<const void>(residual);
+}
+
+py::list cpu_isas() {
+  py::list result;
+  for (const auto& isa : isas()) result.append(py::make_tuple(isa.name, isa.obstacle));
+  return result;
+}
+
+void bind_cpu(py::module_& m) {
+  py::class_<QuantizeArguments>(m, "QuantizeArguments")
+      .def(py::init(&quantize_arguments))
+      .def("set_norm", &set_norm)
+      .def("run", [](const QuantizeArguments& a) { current_isa().engine->quantize_act(a); },
+           py::call_guard<py::gil_scoped_release>());
+  py::class_<LinearArguments>(m, "LinearArguments")
+      .def(py::init(&linear_arguments))
+      .def("set_ending", &set_ending)
+      .def("run", [](const LinearArguments& a) { current_isa().engine->linear(a); },
+           py::call_guard<py::gil_scoped_release>())
+      .def("run_row_scales", [](const LinearArguments& a) { current_isa().engine->row_scales(a); },
+           py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_features", &cpu_features, "instruction set -> 'yes', 'no', or what stands in its way; empty off x86");
+  m.def("cpu_isas", &cpu_isas, "(name, why this process cannot use it or '') of every compiled instruction set");
+  m.def("cpu_isa", [] { return current_isa().name; }, "the one in use");
+  m.def("cpu_threading", &threading);
+}
+
 #ifdef NUNCHAKU_PY_WITH_CUDA
 py::list cuda_devices() {
   py::list result;
@@ -62,7 +138,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("compiler") = NUNCHAKU_PY_COMPILER;
   m.attr("cuda_status") = NUNCHAKU_PY_CUDA_STATUS;
   m.attr("cuda_targets") = NUNCHAKU_PY_CUDA_TARGETS;
-  m.def("cpu_features", &cpu_features, "instruction set -> 'yes', 'no', or what stands in its way; empty off x86");
+  bind_cpu(m);
 #ifdef NUNCHAKU_PY_WITH_CUDA
   m.def("cuda_devices", &cuda_devices, "GPUs of this machine and the compiled target that ran on each");
 #endif

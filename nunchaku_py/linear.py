@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .backends import cpu
 from .errors import NunchakuError
 from .precision import as_autocast, without_autocast
-from .site import MODES, Mode, Site, SiteTensors, auto_mode, shift_correction
+from .site import MODES, Mode, Residency, Site, SiteTensors, auto_mode, shift_correction
 from .tensor import QTensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,7 +44,7 @@ class QuantizedSite(nn.Module):
         self.file_dtype = dtype  # 16 bit, of the stored tensors: casting the module never changes it
         self.compute_dtype = dtype
         self.requested_mode: str = "auto"
-        self.packed: tuple[Mode, str] | None = None  # for which mode and type of device, None: not packed
+        self.packed: tuple[Mode, Residency, str] | None = None  # the last: type of device. None: not packed
         self.input_key: tuple[str, str] | None = None
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")
@@ -107,20 +108,40 @@ class QuantizedSite(nn.Module):
         """Derive what the ops want on this device in this mode."""
         if not self.has_data():
             raise NunchakuError("this quantized linear has no weights yet (meta device): load them before running it")
-        wanted = self.mode, self.codes.device.type
-        spec = self.site.linear_spec(wanted[0], self.rows_in, folded=not is_offloaded(self))
-        if self.packed == wanted and self.linear_spec == spec:
+        wanted = self._wanted()
+        if self.packed == wanted:
             return
         if torch.compiler.is_compiling():
             raise NunchakuError("this model is not packed for its device: nq.set_mode(model, 'auto') before compiling")
-        self.packed, self.linear_spec = wanted, spec
-        with without_autocast(wanted[1]):
-            folded = self.qtensor().fold_int8() if spec.weight == "int8" else (None, None)
+        self.packed, self.linear_spec = wanted, self.site.linear_spec(wanted[0], self.rows_in, wanted[1])
+        with without_autocast(wanted[2]):
+            codes, scales = self._fold()
             self._derive("inv_smooth", 1.0 / self.smooth.data.float() if self.site.has_smooth else None)
-            self._derive("folded_codes", folded[0])
-            self._derive("folded_scales", folded[1])
+            self._derive("folded_codes", codes)
+            self._derive("folded_scales", scales)
             self._derive("unshift", self._correction() if self.site.shift and wanted[0] != "a4" else None)
         self.input_key = self._input_key()
+
+    def _wanted(self) -> tuple[Mode, Residency, str]:
+        mode = self.mode
+        return mode, self._residency(mode), self.codes.device.type
+
+    def _residency(self, mode: Mode) -> Residency:
+        """Weights stay 4 bits where the kernels fold them as fast as they read them."""
+        scaled = self.site.linear_spec(mode, self.rows_in, "scaled")
+        if scaled.row_scales and cpu.folds(scaled, self.codes.device):
+            return "scaled"
+        return "codes" if scaled.act.format != "int8" or is_offloaded(self) else "folded"
+
+    def _fold(self) -> tuple[Tensor | None, Tensor | None]:
+        """(folded_codes, folded_scales): INT8 and its scales; or none, and what stands in aux before channel_scale."""
+        spec = self.linear_spec
+        if spec.weight == "int8":
+            return self.qtensor().fold_int8()
+        if not spec.row_scales:
+            return None, None
+        scales, channel = cpu.row_scales(self.qtensor()), self._parameters.get("channel_scale")
+        return None, scales if channel is None else torch.cat((scales, channel.data))
 
     def _unpack(self) -> None:
         self.packed = self.input_key = None
@@ -129,7 +150,7 @@ class QuantizedSite(nn.Module):
 
     def ensure_packed(self) -> None:
         """Before every call: offloading may have brought the tensors to another device, or hooked itself on since."""
-        stale = self.packed is None or self.packed[1] != self.codes.device.type
+        stale = self.packed is None or self.packed[2] != self.codes.device.type
         if stale or (self.folded_codes is not None and is_offloaded(self)):
             self.pack()
 
@@ -179,7 +200,7 @@ class QuantizedSite(nn.Module):
         (_, up), bias = self.branch(dtype), self._bias()
         if self.folded_codes is not None:
             return self.folded_codes, self.folded_scales, up.new_empty(0), up, bias
-        return self.codes, self.scales, self._aux(up), up, bias
+        return self.codes, self.scales, self._aux(up) if self.folded_scales is None else self.folded_scales, up, bias
 
     def _bias(self) -> Tensor:
         """A mode that does not shift takes the correction back. A part of a linear leaves both to the whole."""
@@ -217,12 +238,12 @@ class QuantizedSite(nn.Module):
 
     def _follow_move(self) -> None:
         """Keep what is packed where the new device wants the same (offloading moves back and forth)."""
-        here = self.mode, self.codes.device.type
-        if self.packed is not None and self.packed[0] == here[0] and self.has_data():
+        here = self._wanted()
+        if self.packed is not None and self.packed[:2] == here[:2] and self.has_data():
             self.packed = here
             return
         self._unpack()
-        if here[1] == "cuda":
+        if here[2] == "cuda":
             self.pack()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

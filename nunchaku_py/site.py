@@ -18,6 +18,8 @@ from .tensor import QTensor
 Kind = Literal["w4a4", "w4a16"]
 Mode = Literal["a4", "a8", "a16"]
 MODES: tuple[Mode, ...] = ("a4", "a8", "a16")
+# Of an a8 site's weights: INT8 beside the codes; the codes and the scales that rows fold to; the codes alone.
+Residency = Literal["folded", "scaled", "codes"]
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,14 @@ class Site:
             return ActSpec("nvfp4", self.group)
         return ActSpec("uint4" if self.unsigned_act else "int4", self.group, self.shift)
 
-    def linear_spec(self, mode: Mode, k: int, folded: bool = True) -> LinearSpec:
-        """folded: weights of an a8 site are kept as INT8, rather than folded anew in every call."""
-        folded = folded and self.kind == "w4a4" and mode == "a8"
-        return LinearSpec("int8" if folded else self.format, 0 if folded else self.group, k, self.act_spec(mode))
+    def linear_spec(self, mode: Mode, k: int, residency: Residency = "codes") -> LinearSpec:
+        """residency concerns a8 only."""
+        act = self.act_spec(mode)
+        if act.format != "int8" or residency == "codes":
+            return LinearSpec(self.format, self.group, k, act)
+        if residency == "folded":
+            return LinearSpec("int8", 0, k, act)
+        return LinearSpec(self.format, self.group, k, act, row_scales=True)
 
 
 @dataclass

@@ -225,11 +225,11 @@ def test_autocast_computes_in_its_dtype_and_not_inside_our_arithmetic(mode: str)
 
 def test_packing_follows_moves_and_is_kept_where_nothing_changes() -> None:
     module = linear(site(), "a8")
-    folded = module.folded_codes
+    folded = module.folded_scales
     module.set_mode("a8")
-    assert module.folded_codes is folded, "nothing to do"
+    assert module.folded_scales is folded is not None, "nothing to do"
     module.to("meta")
-    assert module.packed is None and module.folded_codes is None
+    assert module.packed is None and module.folded_scales is None
     with pytest.raises(NunchakuError, match="has no weights yet"):
         module(torch.randn(1, K))
 

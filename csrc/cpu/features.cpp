@@ -32,6 +32,7 @@ std::vector<Feature> features() {
       {"avx_vnni", state(bit(more.eax, 4), enabled, avx_states)},
       {"avx512f", state(bit(extended.ebx, 16), enabled, avx512_states)},
       {"avx512bw", state(bit(extended.ebx, 30), enabled, avx512_states)},
+      {"avx512dq", state(bit(extended.ebx, 17), enabled, avx512_states)},
       {"avx512vl", state(bit(extended.ebx, 31), enabled, avx512_states)},
       {"avx512_vnni", state(bit(extended.ecx, 11), enabled, avx512_states)},
       {"avx512_bf16", state(bit(more.eax, 5), enabled, avx512_states)},

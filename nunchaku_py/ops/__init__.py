@@ -36,3 +36,5 @@ __all__ = [
     "linear_w4a8_qkv_rope",
     "norm_modulate_quantize", "quantize_act",
 ]
+
+from ..backends import cpu as _cpu  # noqa: E402, F401  (last: it registers itself with the ops above)

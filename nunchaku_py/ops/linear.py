@@ -5,7 +5,8 @@
 qx, sx, h: as quantize_act gives them. Weights in row layout:
     int4, uint4, nvfp4   qw uint8 (N,ceil(K/2)), sw (N,G)
     int8                 qw int8 (N,K), sw (N) fp32
-aux: channel_scale (N) fp32 for nvfp4, zeros (N,G) for uint4, empty (0) for the others. up (N,R), bias (N). R may be 0.
+aux: channel_scale (N) fp32 for nvfp4, zeros (N,G) for uint4, empty (0) for the others; with spec.row_scales (int4 and
+nvfp4) fold_int8's s_ch (N) fp32 in front of it. up (N,R), bias (N). R may be 0.
 """
 from __future__ import annotations
 
@@ -49,6 +50,8 @@ def _compose(accumulate: Accumulate, epilogue: Epilogue, acts: tuple[str, ...], 
         act, weight = spec.act.format, spec.weight
         expect_that(act in acts, f"{name}: spec.act.format is {act!r}, expected {' or '.join(acts)}")
         expect_that(weight in weights, f"{name}: spec.weight is {weight!r}, expected {' or '.join(weights)}")
+        expect_that(not spec.row_scales or (act == "int8" and weight in ("int4", "nvfp4")),
+                    f"{name}: spec.row_scales goes with int4 or nvfp4 weights and int8 activations")
         expect_matrix("qx", "of rows", qx)
         expect_matrix("qw", "of output channels", qw)
         if _row_layout(spec):
@@ -106,7 +109,10 @@ def _weight(qw: Tensor, sw: Tensor, aux: Tensor, n: int, spec: LinearSpec) -> It
     else:
         yield "qw", qw, "(out, ceil(in/2))", (n, -(-spec.k // 2)), (torch.uint8,)
         yield "sw", sw, "(out, groups)", (n, groups), _scale_dtypes(fmt.name)
-    if fmt.name == "nvfp4":
+    if spec.row_scales:
+        parts = 2 if fmt.name == "nvfp4" else 1
+        yield "aux", aux, "row scales, channel_scale (out or 2·out)", (parts * n,), (torch.float32,)
+    elif fmt.name == "nvfp4":
         yield "aux", aux, "channel_scale (out)", (n,), (torch.float32,)
     elif fmt.name == "uint4":
         yield "aux", aux, "zeros (out, groups)", (n, groups), FLOATS

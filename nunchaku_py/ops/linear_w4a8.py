@@ -19,6 +19,7 @@ def _accumulate(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, aux: Tensor, spe
 
     w8, s_ch = fold_int8(qw, sw), or qw, sw themselves when spec.weight is "int8".
     """
+    aux = aux[qw.shape[0]:] if spec.row_scales else aux
     w8, s_ch = (qw, sw) if spec.weight == "int8" else _fold(qw, sw, aux, spec)
     return int8_matmul(qx, w8).float().mul_(sx.unsqueeze(1)).mul_(s_ch)
 

@@ -83,8 +83,9 @@ class ActSpec(_Token):
 class LinearSpec(_Token):
     """A quantized linear: how its weight (N,k) and its input are stored, and what its epilogue does.
 
-    `activation` and `next` concern …_gelu_quantize and …_glu_quantize, `gate_first` the latter,
-    `head_dim` and `eps` …_qkv_rope.
+    `row_scales`, for 4-bit weights that linear_w4a8 folds in every call: aux begins with what the rows' INT8 scales
+    will be, so that they need not be found anew. `activation` and `next` concern …_gelu_quantize and …_glu_quantize,
+    `gate_first` the latter, `head_dim` and `eps` …_qkv_rope.
     """
 
     weight: WeightName
@@ -92,6 +93,7 @@ class LinearSpec(_Token):
     k: int
     act: ActSpec
     layout: str = "row"
+    row_scales: bool = False
     activation: Activation = "none"
     gate_first: bool = False
     next: ActSpec | None = None

@@ -1,0 +1,29 @@
+// The ops of one instruction set, by which the rest of the program calls them.
+#pragma once
+#include "gemv.h"
+#include "quantize.h"
+
+namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
+
+inline void quantize_act(const QuantizeArguments& a) { Quantize(a).run(); }
+
+inline void linear(const LinearArguments& a) {
+  if (a.act == Format::int8) return Linear<W4A8>(a).run();
+  if (a.act != Format::none) return Linear<W4A4>(a).run();
+  if (a.m <= gemv_tokens && a.weight != Format::int8) return Gemv(a).run();
+#if defined(NUNCHAKU_PY_AVX512_BF16)
+  if (a.out == Type::bf16) return Linear<W4A16<DotBf16>>(a).run();
+#endif
+  Linear<W4A16<DotFloat>>(a).run();
+}
+
+inline void row_scales(const LinearArguments& a) {
+  const Codes w(a);
+  constexpr std::int64_t together = 16;
+  parallel(a.threads, (a.n + together - 1) / together, [&](std::int64_t item) {
+    for (std::int64_t n = item * together; n < smaller((item + 1) * together, a.n); n++)
+      static_cast<float*>(a.y)[n] = row_scale(w, n);
+  });
+}
+
+}  // namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA

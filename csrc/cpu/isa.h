@@ -1,0 +1,30 @@
+// Which instruction set the ops run on: chosen once per process, the best that the CPU has and the environment allows.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+
+namespace nunchaku_py::cpu {
+
+// The ops, compiled for one instruction set.
+struct Engine {
+  void (*quantize_act)(const QuantizeArguments&);
+  void (*linear)(const LinearArguments&);
+  void (*row_scales)(const LinearArguments&);  // to y (n) fp32: the INT8 scale that each row of weights folds to
+};
+
+struct Isa {
+  const char* name;
+  const Engine* engine;     // nullptr: not compiled into this build
+  std::string obstacle;     // why this process cannot use it; empty if it can
+};
+
+// The best first. "portable" is always there and is the last.
+const std::vector<Isa>& isas();
+
+// The one in use: the best without an obstacle, or the one NUNCHAKU_PY_CPU_ISA names. Throws std::runtime_error, in a
+// sentence, where that one does not exist or cannot be used.
+const Isa& current_isa();
+
+}  // namespace nunchaku_py::cpu

@@ -1,0 +1,6 @@
+// The CPU ops in plain C++.
+#include "isa_prelude.h"
+
+#define NUNCHAKU_PY_ISA portable
+#include "engine/engine.h"
+#include "isa_epilogue.h"
