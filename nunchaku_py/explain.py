@@ -41,8 +41,9 @@ class PatternUse:
     refusals: dict[str, int]
 
     def __str__(self) -> str:
-        return "; ".join([f"{self.name}: in {self.used} modules",
-                          *(f"not in {count}: {reason}" for reason, count in self.refusals.items())])
+        modules = self.used + sum(self.refusals.values())
+        return "; ".join([f"{self.name}: used by {self.used} of {modules}",
+                          *(f"not by {count}: {reason}" for reason, count in self.refusals.items())])
 
 
 class Explanations(list[Explanation]):

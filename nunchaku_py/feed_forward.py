@@ -87,10 +87,10 @@ def what_between(activation: nn.Module) -> Between | None:
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     inputs = (*args, *kwargs.values())
     if len(inputs) != 1 or refuses(module) or wants_gradient(inputs[0]):
-        return own_forward(module)(*args, **kwargs)
+        return own_forward(module)(module, *args, **kwargs)
     x, (_, first) = as_autocast(inputs[0]), members(module).first
     if x.shape[-1] != first.in_features:
-        return own_forward(module)(*args, **kwargs)  # which says so
+        return own_forward(module)(module, *args, **kwargs)  # which says so
     second, hidden = to_second(module, first.quantize_input(x.reshape(-1, first.in_features)), x.dtype)
     return second.multiply(hidden, x.dtype).reshape(*x.shape[:-1], second.out_features)
 

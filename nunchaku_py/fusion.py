@@ -23,7 +23,7 @@ _ATTRIBUTE = "nunchaku_fused"
 
 @dataclass(frozen=True)
 class Fusion:
-    """A pattern. forward(module, *args, **kwargs) calls `own_forward` where `refuses(module)` gives a sentence."""
+    """A pattern. forward(module, *args, **kwargs) calls `own_forward(module)` where `refuses(module)` has a reason."""
 
     name: str
     concerns: Callable[[nn.Module], bool]
@@ -37,6 +37,7 @@ class FusedForward:
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], enabled: bool) -> None:
         self._module, self.function, self.enabled = weakref.ref(module), function, enabled
+        self.own = type(module).forward
         self.__signature__ = inspect.signature(MethodType(type(module).forward, module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,8 +96,9 @@ def why_not_installed(module: nn.Module) -> str | None:
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of the module's class, which calls the modules in it one by one."""
-    return MethodType(type(module).forward, module)
+    """The forward of the module's class, which calls what is in the module (its first argument) one by one. From where
+    it was kept: of classes that diffusers allows in graphs as a whole, a compiler does not give it."""
+    return vars(module)[_ATTRIBUTE].own
 
 
 def class_path(module: object) -> str:

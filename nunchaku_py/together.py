@@ -104,9 +104,7 @@ def refuses(module: nn.Module) -> str | None:
 
 
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if refuses(module):
-        return own_forward(module)(*args, **kwargs)
-    return type(module).forward(View(module), *args, **kwargs)
+    return own_forward(module)(module if refuses(module) else View(module), *args, **kwargs)
 
 
 SHARED_INPUTS = Fusion("one quantized input for linears that share it", concerns, refuses, forward)

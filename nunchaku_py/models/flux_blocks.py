@@ -48,7 +48,7 @@ def _attention_refuses(attention: nn.Module) -> str | None:
         return f"the attention processor is a {class_path(attention.processor)}"
     if attention.fused_projections:
         return "the projections of attn are fused"
-    return hooked((("attn", attention),))
+    return hooked((("attn", attention),)) or why_not_installed(attention)
 
 
 def _projections_refuse(*linears: nn.Module) -> str | None:
@@ -111,14 +111,14 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
                    ) -> tuple[Tensor, Tensor]:
     image, text, attention = hidden_states, encoder_hidden_states, block.attn
     if joint_attention_kwargs or double_refuses(block) or _call_refused(block, image, text, temb):
-        return own_forward(block)(image, text, temb, image_rotary_emb, joint_attention_kwargs)
+        return own_forward(block)(block, image, text, temb, image_rotary_emb, joint_attention_kwargs)
     shift, scale, gate, *image_mlp = _modulation(block.norm1, temb, 6)
     text_shift, text_scale, text_gate, *text_mlp = _modulation(block.norm1_context, temb, 6)
     view = View(attention, (_seen(image, block.norm1.norm, scale, shift, attention.to_q),
                             _seen(text, block.norm1_context.norm, text_scale, text_shift, attention.add_q_proj)),
                 to_out=(_Gated(attention.to_out[0], gate, image), _unchanged),
                 to_add_out=_Gated(attention.to_add_out, text_gate, text))
-    image, text = type(attention).forward(view, image, text, None, image_rotary_emb)
+    image, text = own_forward(attention)(view, image, text, None, image_rotary_emb)
     image = _feed_forward(block.ff, block.norm2, image, *image_mlp)
     text = _feed_forward(block.ff_context, block.norm2_context, text, *text_mlp)
     return _in_range(text), image
@@ -187,11 +187,12 @@ def single_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
                    ) -> tuple[Tensor, Tensor]:
     if joint_attention_kwargs or single_refuses(block) or _call_refused(
             block, hidden_states, encoder_hidden_states, temb):
-        return own_forward(block)(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        return own_forward(block)(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
+                                  joint_attention_kwargs)
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = _modulation(block.norm, temb, 3)
     seen = _seen(x, block.norm.norm, scale, shift, block.attn.to_q)
-    attention = type(block.attn).forward(View(block.attn, (seen,)), x, None, None, image_rotary_emb)
+    attention = own_forward(block.attn)(View(block.attn, (seen,)), x, None, None, image_rotary_emb)
     y = _in_range(_gated_sum(block.proj_out, attention, _mlp(block, seen[2], x.dtype), gate, x))
     return y.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
