@@ -67,5 +67,16 @@ inline bool tiles_granted_on_request() {
 #endif
 }
 
+// And this asks for them, for all threads of the process.
+inline bool request_tiles() {
+#if defined(__linux__)
+  constexpr int request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return true;
+#endif
+}
+
 #endif
 }  // namespace nunchaku_py::cpu

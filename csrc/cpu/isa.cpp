@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "common.h"
 #include "features.h"
 
 namespace nunchaku_py::cpu {
@@ -12,6 +13,10 @@ namespace nunchaku_py::cpu {
   extern const Engine engine;    \
   }
 #if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
+NUNCHAKU_PY_DECLARE(amx)
+#endif
+NUNCHAKU_PY_DECLARE(amx_emulated)
 NUNCHAKU_PY_DECLARE(avx512_bf16)
 NUNCHAKU_PY_DECLARE(avx512)
 NUNCHAKU_PY_DECLARE(avx_vnni)
@@ -35,17 +40,31 @@ std::string obstacle(const std::vector<Feature>& features, std::initializer_list
   return "";
 }
 
+#if defined(__x86_64__)
+std::string amx_obstacle(const std::vector<Feature>& features, const std::string& without_tiles) {
+  if (!without_tiles.empty()) return without_tiles;
+  const std::string missing = obstacle(features, {"amx_tile", "amx_int8", "amx_bf16"});
+  return missing.empty() && !request_tiles() ? "the operating system refuses AMX to this process" : missing;
+}
+#endif
+
 std::vector<Isa> find_isas() {
   std::vector<Isa> found;
 #if defined(__x86_64__) || defined(_M_X64)
   const auto f = features();
-  found.push_back({"avx512_bf16", &avx512_bf16::engine,
-                   obstacle(f, {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"})});
+  const auto bf16 = obstacle(f, {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"});
+#if defined(__x86_64__)
+  found.push_back({"amx", &amx::engine, amx_obstacle(f, bf16)});
+#endif
+  found.push_back({"avx512_bf16", &avx512_bf16::engine, bf16});
   found.push_back({"avx512", &avx512::engine, obstacle(f, {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})});
   found.push_back({"avx_vnni", &avx_vnni::engine, obstacle(f, {"avx2", "fma", "f16c", "avx_vnni"})});
   found.push_back({"avx2", &avx2::engine, obstacle(f, {"avx2", "fma", "f16c"})});
 #endif
   found.push_back({"portable", &portable::engine, ""});
+#if defined(__x86_64__) || defined(_M_X64)
+  found.push_back({"amx_emulated", &amx_emulated::engine, bf16});  // only where it is asked for: it is slow
+#endif
   return found;
 }
 

@@ -20,7 +20,7 @@ struct Isa {
   std::string obstacle;     // why this process cannot use it; empty if it can
 };
 
-// The best first. "portable" is always there and is the last.
+// The best first. "portable" is always there; what stands behind it is used only where it is asked for.
 const std::vector<Isa>& isas();
 
 // The one in use: the best without an obstacle, or the one NUNCHAKU_PY_CPU_ISA names. Throws std::runtime_error, in a

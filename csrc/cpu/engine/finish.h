@@ -48,15 +48,6 @@ inline std::int64_t panel_count(const LinearArguments& a, std::int64_t rows) {
   return (channels + step - 1) / step;
 }
 
-// up (rows, rank) and bias (rows) of a panel in fp32; rank: a.r rounded up.
-inline void load_branch(const LinearArguments& a, const Panel& p, float* up, std::int64_t rank, float* bias) {
-  for (std::int64_t i = 0; i < p.rows; i++) {
-    const std::int64_t n = p.channel(i);
-    if (rank) to_floats(up + i * rank, at(a.up.data, a.up.type, n * a.r), a.up.type, a.r, rank);
-    bias[i] = number(a.bias.data, a.bias.type, n);
-  }
-}
-
 // One token: row (p.rows) of the product in fp32 → its outputs.
 inline void finish_token(const LinearArguments& a, const Panel& p, std::int64_t token, const float* row,
                          const float* bias) {

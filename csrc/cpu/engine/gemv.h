@@ -47,14 +47,16 @@ class Gemv {
     float* bias = carve<float>(memory, p.rows);
     float* y = carve<float>(memory, p.rows * gemv_tokens);  // (tokens, rows)
     float* h = carve<float>(memory, rank);
-    load_branch(a, p, up, rank, bias);
     for (std::int64_t i = 0; i < p.rows; i++) {
-      if (i && p.channel(i) == p.channel(i - 1)) continue;  // void
+      const std::int64_t n = p.channel(i);
+      if (rank) to_floats(up + i * rank, at(a.up.data, a.up.type, n * a.r), a.up.type, a.r, rank);
+      bias[i] = number(a.bias.data, a.bias.type, n);
+      if (i && n == p.channel(i - 1)) continue;  // void
       switch (a.m) {
-        case 1: row<1>(p.channel(i), x, y + i, p.rows); break;
-        case 2: row<2>(p.channel(i), x, y + i, p.rows); break;
-        case 3: row<3>(p.channel(i), x, y + i, p.rows); break;
-        default: row<4>(p.channel(i), x, y + i, p.rows);
+        case 1: row<1>(n, x, y + i, p.rows); break;
+        case 2: row<2>(n, x, y + i, p.rows); break;
+        case 3: row<3>(n, x, y + i, p.rows); break;
+        default: row<4>(n, x, y + i, p.rows);
       }
     }
     for (std::int64_t m = 0; m < a.m; m++) {

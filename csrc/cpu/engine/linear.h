@@ -2,6 +2,7 @@
 // weights once and goes over all tokens with them.
 #pragma once
 #include "../parallel.h"
+#include "branch.h"
 #include "loops.h"
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
@@ -28,14 +29,14 @@ struct Tokens {
   std::int64_t first, count, vectors;
   std::int32_t* columns;
   float* scales;  // (vectors / tile_vectors, token_scales, token_step)
-  float* h;       // (vectors, rank, W)
+  std::int32_t* h;  // (vectors, rank, W)
 };
 
 template <class Loop>
 class Linear {
  public:
   explicit Linear(const LinearArguments& arguments)
-      : a(arguments), loop(a), rank(round_up(a.r, W)), rows(panel_rows(loop.stride)) {}
+      : a(arguments), loop(a), branch(a), rank(branch.words), rows(panel_rows(loop.stride)) {}
 
   void run() const {
     if (a.m == 0 || a.n == 0) return;
@@ -69,7 +70,7 @@ class Linear {
     char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * (words + scales + t.vectors * W * rank) + 192)));
     t.columns = carve<std::int32_t>(memory, words);
     t.scales = carve<float>(memory, scales);
-    t.h = carve<float>(memory, t.vectors * W * rank);
+    t.h = carve<std::int32_t>(memory, t.vectors * W * rank);
     parallel(a.threads, t.vectors, [&](std::int64_t v) { pack_vector(t, v); });
     return t;
   }
@@ -79,7 +80,7 @@ class Linear {
     const std::int64_t stride = loop.stride, count = smaller(W, t.count - v * W);
     char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * W * (stride + rank) + 4 * loop.padded + 256)));
     auto* staged = carve<std::int32_t>(memory, W * stride);
-    auto* h = carve<float>(memory, W * rank);
+    auto* h = carve<std::int32_t>(memory, W * rank);
     auto* spare = carve<float>(memory, loop.padded);
     const std::int64_t scales = loop.token_scales();
     float* sx = t.scales + v / tile_vectors * scales * token_step + v % tile_vectors * W;
@@ -87,10 +88,10 @@ class Linear {
       const std::int64_t m = t.first + v * W + smaller(i, count - 1);  // rows without a token repeat the last one
       loop.stage(staged + i * stride, spare, m);
       loop.stage_scales(sx + i, m, token_step);
-      if (rank) to_floats(h + i * rank, a.h + m * a.r, Type::f32, a.r, rank);
+      if (rank) branch.stage_h(h + i * rank, a.h + m * a.r);
     }
     pack_columns(t.columns + v * W * loop.depth, staged, stride, loop.depth);
-    pack_columns(reinterpret_cast<std::int32_t*>(t.h + v * W * rank), reinterpret_cast<std::int32_t*>(h), rank, rank);
+    pack_columns(t.h + v * W * rank, h, rank, rank);
   }
 
   // One panel over tokens [begin, end), counted in vectors.
@@ -109,25 +110,30 @@ class Linear {
     pieces.bytes = carve<std::int8_t>(memory, loop.padded);
     pieces.tables = carve<std::int8_t>(memory, 16 * loop.w.groups());
     pieces.integers = carve<std::int32_t>(memory, p.rows * token_step);
-    float* up = carve<float>(memory, p.rows * rank);
+    auto* up = carve<std::int32_t>(memory, p.rows * rank);
     float* bias = carve<float>(memory, p.rows);
     float* c = carve<float>(memory, p.rows * token_step);
     float* turned = carve<float>(memory, p.rows * W);
-    load_branch(a, p, up, rank, bias);
-    for (std::int64_t i = 0; i < p.rows; i++) loop.expand_row(pieces, i, p.channel(i));
+    [[maybe_unused]] const TileScope tiles;
+    for (std::int64_t i = 0; i < p.rows; i++) {
+      const std::int64_t n = p.channel(i);
+      loop.expand_row(pieces, i, n);
+      if (rank) branch.stage_up(up + i * rank, a.up, n);
+      bias[i] = number(a.bias.data, a.bias.type, n);
+    }
     for (std::int64_t v = begin; v < end; v += tile_vectors) {
       const std::int64_t vectors = smaller(tile_vectors, end - v);
       const float* sx = t.scales + v / tile_vectors * loop.token_scales() * token_step;
       loop.multiply(pieces, p.rows, t.columns + v * W * loop.depth, sx, vectors, c);
-      product<DotFloat>(reinterpret_cast<const std::int32_t*>(up), rank, p.rows,
-                        reinterpret_cast<const std::int32_t*>(t.h + v * W * rank), vectors, rank, c, token_step, true);
+      branch.add(up, p.rows, t.h + v * W * rank, vectors, c);
       finish(a, p, t.first + v * W, t.first + t.count, c, turned, bias);
     }
   }
 
   const LinearArguments& a;
   const Loop loop;
-  const std::int64_t rank, rows;
+  const Branch branch;
+  const std::int64_t rank, rows;  // rank: in words
 };
 
 }  // namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA

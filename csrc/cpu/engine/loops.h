@@ -12,30 +12,25 @@ template <class Dot>
 constexpr std::int64_t depth_of(std::int64_t k) { return padded_depth(k) / Dot::per_word; }
 constexpr std::int64_t row_padding = 16;  // words
 
-#if defined(NUNCHAKU_PY_AVX_VNNI) || defined(NUNCHAKU_PY_AVX512)
-using DotWhole = DotInt8;
-#else
-using DotWhole = DotInt16;
-#endif
-
-// Signed bytes as DotWhole's columns; zeros (of x) up to `padded`.
+// Signed bytes as DotInt8's columns; zeros up to `padded`.
 inline void stage_bytes(std::int32_t* out, const std::int8_t* bytes, std::int64_t k, std::int64_t padded) {
-#if defined(NUNCHAKU_PY_AVX_VNNI) || defined(NUNCHAKU_PY_AVX512)
-  auto* place = reinterpret_cast<std::uint8_t*>(out);
-  for (std::int64_t i = 0; i < k; i++) place[i] = static_cast<std::uint8_t>(bytes[i] ^ 0x80);
-  std::memset(place + k, 0x80, static_cast<std::size_t>(padded - k));
-#else
-  auto* place = reinterpret_cast<std::int16_t*>(out);
-  widen(place, bytes, k);
-  std::memset(place + k, 0, static_cast<std::size_t>(padded - k) * 2);
-#endif
+  if constexpr (DotInt8::per_word == 2) {
+    auto* place = reinterpret_cast<std::int16_t*>(out);
+    widen(place, bytes, k);
+    std::memset(place + k, 0, static_cast<std::size_t>(padded - k) * 2);
+  } else {
+    auto* place = reinterpret_cast<std::uint8_t*>(out);
+    constexpr auto offset = static_cast<std::uint8_t>(DotInt8::column_offset);
+    for (std::int64_t i = 0; i < k; i++) place[i] = static_cast<std::uint8_t>(bytes[i] + offset);
+    std::memset(place + k, offset, static_cast<std::size_t>(padded - k));
+  }
 }
 
 // Scales of a panel and its integers, in the order of one thread's scratch memory.
 struct Pieces {
   std::int32_t* weights;  // (rows, stride) words
   float* scales;          // per row; W4A4: (rows, groups)
-  std::int32_t* sums;     // per row: 128·Σw, what the columns' offset adds
+  std::int32_t* sums;     // per row: what the columns' offset adds
   float* channels;        // per row: W4A4's channel_scale
   float* offsets;         // W4A4 with uint4 weights: zeros (rows, groups)
   std::int8_t* bytes;     // one row, expanded
@@ -44,7 +39,7 @@ struct Pieces {
 };
 
 struct W4A8 {
-  using Dot = DotWhole;
+  using Dot = DotInt8;
   const LinearArguments& a;
   Codes w;
   std::int64_t depth, stride, padded;
@@ -72,14 +67,13 @@ struct W4A8 {
       fold_tables(w, n, to.scales[i], to.tables);
       expand(bytes, w.row(n), a.k, to.tables, w.group ? w.group : padded);
     }
-    if constexpr (Dot::per_word == 4) {
+    to.sums[i] = 0;
+    if constexpr (Dot::column_offset != 0) {
       I sum = Simd::zero_int();
       for (std::int64_t k = 0; k < padded; k += block) sum = Simd::add_bytes(sum, bytes + k);
-      to.sums[i] = 128 * Simd::reduce_add_int(sum);
-    } else {
-      to.sums[i] = 0;
-      widen(reinterpret_cast<std::int16_t*>(row), bytes, padded);
+      to.sums[i] = Dot::column_offset * Simd::reduce_add_int(sum);
     }
+    if constexpr (Dot::per_word == 2) widen(reinterpret_cast<std::int16_t*>(row), bytes, padded);
   }
 
   void multiply(const Pieces& p, std::int64_t rows, const std::int32_t* columns, const float* sx, std::int64_t vectors,

@@ -8,6 +8,13 @@
 // Weights are rows and tokens are columns, so that 4-bit weights are expanded as they lie in the file.
 #pragma once
 #include "simd.h"
+#if defined(NUNCHAKU_PY_AMX)
+#include "tile_product.h"
+#else
+namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
+struct TileScope {};
+}
+#endif
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
@@ -19,6 +26,8 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t step) { return 
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 struct Integers {
+  static constexpr bool in_tiles = false;
+  static constexpr std::int32_t column_offset = 0;
   using Vector = I;
   using Scalar = std::int32_t;
   static I zero() { return Simd::zero_int(); }
@@ -27,6 +36,7 @@ struct Integers {
 };
 
 struct Floats {
+  static constexpr bool in_tiles = false;
   using Vector = F;
   using Scalar = float;
   static F zero() { return Simd::zero(); }
@@ -46,24 +56,50 @@ struct DotInt16 : Integers {
   static I dot(I acc, I b, std::int32_t a) { return Simd::dot_int16(acc, b, a); }
 };
 
-#if defined(NUNCHAKU_PY_AVX_VNNI) || defined(NUNCHAKU_PY_AVX512)
+#if defined(NUNCHAKU_PY_AMX)
+struct DotInt8 : Integers {
+  static constexpr int per_word = 4;
+  static constexpr bool in_tiles = true;
+  template <int c, int a, int b>
+  static void dot() {
+    Tiles::dot_int8<c, a, b>();
+  }
+};
+#elif defined(NUNCHAKU_PY_AVX_VNNI) || defined(NUNCHAKU_PY_AVX512)
 struct DotInt8 : Integers {  // columns are unsigned, 128 too large: what that adds is taken off afterwards
   static constexpr int per_word = 4;
-  static constexpr std::int32_t offset = 128;
+  static constexpr std::int32_t column_offset = 128;
   static I dot(I acc, I b, std::int32_t a) { return Simd::dot_uint8(acc, b, a); }
 };
+#else
+using DotInt8 = DotInt16;
 #endif
 
-#if defined(NUNCHAKU_PY_AVX512_BF16)
+#if defined(NUNCHAKU_PY_AMX)
+struct DotBf16 : Floats {
+  static constexpr int per_word = 2;
+  static constexpr bool in_tiles = true;
+  template <int c, int a, int b>
+  static void dot() {
+    Tiles::dot_bf16<c, a, b>();
+  }
+};
+#elif defined(NUNCHAKU_PY_AVX512_BF16)
 struct DotBf16 : Floats {
   static constexpr int per_word = 2;
   static F dot(F acc, I b, std::int32_t a) { return Simd::dot_bf16(acc, b, a); }
 };
+#else
+using DotBf16 = DotFloat;  // bf16 is widened
 #endif
 
 // Registers: rows·vectors accumulators, the vectors of B, one broadcast of A (and one more product without VNNI).
 constexpr int tile_rows = W == 16 ? 8 : 6;
+#if defined(NUNCHAKU_PY_AMX)
+constexpr int tile_vectors = 4;
+#else
 constexpr int tile_vectors = W == 16 ? 3 : 2;
+#endif
 
 template <class Dot, int rows, int vectors>
 inline void tile(const std::int32_t* a, std::int64_t a_stride, const std::int32_t* b, std::int64_t depth,
@@ -102,18 +138,28 @@ inline void tile_column(const std::int32_t* a, std::int64_t a_stride, std::int64
     tile<Dot, 1, vectors>(a + i * a_stride, a_stride, b, depth, c + i * c_stride, c_stride, add);
 }
 
-// `vectors` vectors of columns; C is added to, or written.
 template <class Dot>
-void product(const std::int32_t* a, std::int64_t a_stride, std::int64_t rows, const std::int32_t* b,
-             std::int64_t vectors, std::int64_t depth, typename Dot::Scalar* c, std::int64_t c_stride, bool add) {
+void vector_product(const std::int32_t* a, std::int64_t a_stride, std::int64_t rows, const std::int32_t* b,
+                    std::int64_t vectors, std::int64_t depth, typename Dot::Scalar* c, std::int64_t c_stride, bool add) {
+  constexpr int most = tile_vectors > 3 ? 3 : tile_vectors;
   std::int64_t j = 0;
-  for (; j + tile_vectors <= vectors; j += tile_vectors)
-    tile_column<Dot, tile_vectors>(a, a_stride, rows, b + j * depth * W, depth, c + j * W, c_stride, add);
-  if constexpr (tile_vectors > 2)
+  for (; j + most <= vectors; j += most)
+    tile_column<Dot, most>(a, a_stride, rows, b + j * depth * W, depth, c + j * W, c_stride, add);
+  if constexpr (most > 2)
     for (; j + 2 <= vectors; j += 2)
       tile_column<Dot, 2>(a, a_stride, rows, b + j * depth * W, depth, c + j * W, c_stride, add);
   for (; j < vectors; j++)
     tile_column<Dot, 1>(a, a_stride, rows, b + j * depth * W, depth, c + j * W, c_stride, add);
+}
+
+// `vectors` vectors of columns; C is added to, or written. In tiles, rows of A and C up to the next 16 are touched too.
+template <class Dot>
+void product(const std::int32_t* a, std::int64_t a_stride, std::int64_t rows, const std::int32_t* b,
+             std::int64_t vectors, std::int64_t depth, typename Dot::Scalar* c, std::int64_t c_stride, bool add) {
+#if defined(NUNCHAKU_PY_AMX)
+  if constexpr (Dot::in_tiles) return tile_product<Dot>(a, a_stride, rows, b, vectors, depth, c, c_stride, add);
+#endif
+  if constexpr (!Dot::in_tiles) vector_product<Dot>(a, a_stride, rows, b, vectors, depth, c, c_stride, add);
 }
 
 // W rows of words (each `stride` words after the other, depth a multiple of W) as one vector of packed columns.

@@ -5,12 +5,6 @@
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
-#if defined(NUNCHAKU_PY_AVX512_BF16)
-using DotHalf = DotBf16;
-#else
-using DotHalf = DotFloat;
-#endif
-
 // The largest finite number of a scale's type.
 inline float largest_of(Type type) {
   return type == Type::f32 ? largest_float : type == Type::bf16 ? 3.3895313892515355e38f : 65504.0f;
@@ -37,8 +31,8 @@ inline void e2m1_codes(std::int8_t* codes, const float* values, std::int64_t cou
 class Quantize {
  public:
   explicit Quantize(const QuantizeArguments& arguments)
-      : a(arguments), half(DotHalf::per_word == 2 && a.x.type == Type::bf16), padded(padded_depth(a.k)),
-        depth(half ? padded / DotHalf::per_word : padded), stride(depth + row_padding), rank(round_up(a.r, W)),
+      : a(arguments), half(DotBf16::per_word == 2 && a.x.type == Type::bf16), padded(padded_depth(a.k)),
+        depth(half ? padded / DotBf16::per_word : padded), stride(depth + row_padding), rank(round_up(a.r, W)),
         groups(a.group ? (a.k + a.group - 1) / a.group : 1), group(a.group ? a.group : padded) {}
 
   void run() const {
@@ -82,8 +76,9 @@ class Quantize {
       quantize_row(first + i, x, codes);
     }
     if (!rank) return;
+    [[maybe_unused]] const TileScope tiles;
     if (half)
-      product<DotHalf>(staged, stride, count, down, rank / W, depth, h, rank, false);
+      product<DotBf16>(staged, stride, count, down, rank / W, depth, h, rank, false);
     else
       product<DotFloat>(staged, stride, count, down, rank / W, depth, h, rank, false);
     for (std::int64_t i = 0; i < count; i++)

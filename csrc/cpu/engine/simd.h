@@ -9,3 +9,6 @@
 #else
 #include "../simd/portable.h"
 #endif
+#if defined(NUNCHAKU_PY_AMX)
+#include "../simd/tiles.h"
+#endif
