@@ -207,8 +207,9 @@ class Quantize {
   }
 
   void pack_nibbles(std::uint8_t* out, const std::int8_t* codes) const {
-    for (std::int64_t i = 0; i < (a.k + 1) / 2; i++)
+    for (std::int64_t i = 0; i < a.k / 2; i++)
       out[i] = static_cast<std::uint8_t>((codes[2 * i] & 15) | (codes[2 * i + 1] & 15) << 4);
+    if (a.k % 2) out[a.k / 2] = codes[a.k - 1] & 15;  // not −0, which past the end a negative shift may leave
   }
 
   const QuantizeArguments& a;
