@@ -37,7 +37,7 @@ BETWEEN: dict[str, Callable[[nn.Module], Between | None]] = {
 class Members(NamedTuple):
     """The modules of a feed-forward, with their names in it."""
 
-    first: tuple[str, nn.Module]
+    first: tuple[str, nn.Module | None]
     activation: tuple[str, nn.Module]
     second: tuple[str, nn.Module]
     dropouts: tuple[tuple[str, nn.Module], ...] = ()
@@ -46,24 +46,28 @@ class Members(NamedTuple):
 def members(module: nn.Module) -> Members:
     if class_path(module) != FEED_FORWARD:
         return Members(("linear_in", module.linear_in), ("act_fn", module.act_fn), ("linear_out", module.linear_out))
-    net = module.net
-    dropouts = tuple((f"net.{i}", net[i]) for i in (1, 3) if i < len(net))
-    return Members(("net.0.proj", net[0].proj), ("net.0", net[0]), ("net.2", net[2]), dropouts)
+    activation, dropout, second, *last = module.net
+    dropouts = (("net.1", dropout), *(("net.3", final) for final in last))
+    first = getattr(activation, "proj", None)
+    return Members(("net.0.proj", first), ("net.0", activation), ("net.2", second), dropouts)
 
 
 def concerns(module: nn.Module) -> bool:
-    if class_path(module) == FEED_FORWARD:
-        linears = [getattr(module.net[0], "proj", None), module.net[2]]
-    elif class_path(module) == FLUX2 + "Flux2FeedForward":
-        linears = [module.linear_in, module.linear_out]
-    else:
+    if class_path(module) not in (FEED_FORWARD, FLUX2 + "Flux2FeedForward") or _incomplete(module):
         return False
-    return any(isinstance(linear, QuantLinear) for linear in linears)
+    parts = members(module)
+    return isinstance(parts.first[1], QuantLinear) or isinstance(parts.second[1], QuantLinear)
 
 
 def refuses(module: nn.Module) -> str | None:
     """Why the two linears of this feed-forward run one by one, or None."""
-    return why_not_installed(module) or _unfit(members(module))
+    return why_not_installed(module) or _incomplete(module) or _unfit(members(module))
+
+
+def _incomplete(module: nn.Module) -> str | None:
+    if class_path(module) == FEED_FORWARD and len(module.net) not in (3, 4):
+        return f"net holds {len(module.net)} modules, not an activation, a dropout, a linear and perhaps a dropout"
+    return None
 
 
 def _unfit(parts: Members) -> str | None:

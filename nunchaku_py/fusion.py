@@ -91,7 +91,7 @@ def why_not_installed(module: nn.Module) -> str | None:
     """What every pattern refuses for."""
     fused = vars(module).get(_ATTRIBUTE)
     if fused is None:
-        return "its forward had been replaced (by a hook?) before the linears were"
+        return "it held no quantized linears, or its forward was not its class's, when the model was prepared"
     return None if fused.enabled else SWITCHED_OFF
 
 

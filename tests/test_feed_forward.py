@@ -183,6 +183,14 @@ def subclass(module: nn.Module) -> None:
     module.net[2].__class__ = type("Mine", (QuantLinear,), {})
 
 
+def without_dropout(module: nn.Module) -> None:
+    del module.net[1]
+
+
+def without_projection(module: nn.Module) -> None:
+    module.net[0] = nn.Sequential(module.net[0].proj, nn.GELU())
+
+
 def observed(path: str) -> Callable[[nn.Module], object]:
     return lambda module: module.get_submodule(path).register_forward_hook(lambda *_: None)
 
@@ -196,6 +204,8 @@ REFUSED = {
     "net.1 has a hook": lambda: changed("gelu", observed("net.1")),
     "net.0 has a hook": lambda: changed("gelu", forward_of_the_user),
     "net.2 is not a quantized linear, but .*Mine": lambda: changed("gelu", subclass),
+    "net holds 2 modules": lambda: changed("gelu", without_dropout),
+    "net.0.proj is not .*NoneType": lambda: changed("gelu", without_projection),
     "switched off": lambda: changed("gelu", lambda module: nq.set_fusion(module, False)),
 }
 

@@ -64,8 +64,8 @@ def _output_refuses(name: str, linear: nn.Module, ending: str) -> str | None:
 
 
 def _feed_forward_refuses(name: str, module: nn.Module) -> str | None:
-    if class_path(module) != feed_forward.FEED_FORWARD or not feed_forward.concerns(module):
-        return f"{name} is a {class_path(module)} without quantized linears"
+    if class_path(module) != feed_forward.FEED_FORWARD:
+        return f"{name} is a {class_path(module)}"
     why = feed_forward.refuses(module)
     return hooked(((name, module),)) or (f"{name}: {why}" if why else _around_feed_forward_refuses(name, module))
 
@@ -78,9 +78,11 @@ def _around_feed_forward_refuses(name: str, module: nn.Module) -> str | None:
 
 
 def _call_refused(block: nn.Module, *inputs: Tensor) -> bool:
-    """Calls that want gradients, mix dtypes or are under autocast run module by module."""
-    x = inputs[0]
+    """Calls that want gradients, mix dtypes, are under autocast or would be broadcast to temb run module by module."""
+    x, _, temb = inputs
     if len({tensor.dtype for tensor in inputs}) > 1 or torch.is_autocast_enabled(x.device.type):
+        return True
+    if temb.shape[0] not in (1, x.shape[0]) or not x.shape[0]:
         return True
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False

@@ -177,6 +177,9 @@ def test_calls_that_it_leaves_to_the_modules(block: nn.Module) -> None:
             leaves(*(x.float() for x in args))
             assert call(block, *(x.float() for x in args)).dtype == call(apart, *(x.float() for x in args)).dtype
         leaves(*args, joint_attention_kwargs={"attention_mask": None})
+        leaves(*(x[:1] for x in args[:2]), args[2])
+        leaves(*(x[:0] for x in args))
+        assert same_bits(call(block, *args[:2], args[2][:1]), call(block, *args[:2], args[2][:1].expand(2, -1)))
     leaves(args[0].clone().requires_grad_(), *args[1:])
     leaves(*args)  # norm_q of attention has weights that may be trained
     block.requires_grad_(False)
