@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import subprocess
 import time
 from functools import cache
@@ -10,16 +9,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality.peers import cpu_name, installed
+from benchmarks.quality.peers import cpu_name
 from nunchaku_py import native
+from nunchaku_py.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 ISA_VARIABLE = "NUNCHAKU_PY_CPU_ISA"
-ISA_NEEDS = {"amx": "amx_int8", "avx512": "avx512_vnni", "avx2": "avx2"}  # → the feature without which it cannot run
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-
-__all__ = ["ISA_VARIABLE", "ROOT", "available_isas", "commit", "cpu_name", "evict_bytes", "installed", "our_isa",
-           "peaks", "provenance", "read_bandwidth", "torch_isa"]
 
 
 @cache
@@ -39,19 +35,18 @@ def provenance() -> dict[str, str]:
 
 
 def available_isas() -> list[str]:
-    """The instruction sets that the native kernels can be made to use here, the best first; empty without them."""
-    from nunchaku_py.ops import OPS
+    """The instruction sets that the native kernels can be made to use here, the best first; empty without them.
 
-    if "cpu" not in OPS["linear_w4a8"].backends:
+    Not those that are emulated: they are there for tests."""
+    listed = getattr(native.module, "cpu_isas", None)
+    if listed is None or "cpu" not in OPS["linear_w4a8"].backends:
         return []
-    features = native.cpu_features()
-    return [isa for isa, need in ISA_NEEDS.items() if features.get(need) == "yes"] + ["portable"]
+    return [name for name, obstacle in listed() if not obstacle and "emulated" not in name]
 
 
 def our_isa() -> str:
     """The instruction set that our kernels use in this process; "torch" where there are none."""
-    known = available_isas()
-    return os.environ.get(ISA_VARIABLE) or known[0] if known else "torch"
+    return native.module.cpu_isa() if available_isas() else "torch"
 
 
 @cache
@@ -66,6 +61,15 @@ def peaks() -> dict[str, float]:
     """Unit → GOP/s that it reaches from registers, as the native part measures it; empty where it cannot."""
     measure = getattr(native.module, "cpu_peak", None)
     return dict(measure()) if measure else {}
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process by the kernel's names: VmRSS now, VmHWM at most, RssAnon its own, RssFile mapped files.
+
+    Not getrusage: its peak begins with that of the process which started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)
+            if name.startswith(("VmRSS", "VmHWM", "Rss"))}
 
 
 def evict_bytes(most: int = 2**30) -> int:

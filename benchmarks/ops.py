@@ -32,6 +32,7 @@ from benchmarks.contenders import (
     missing_packages,
     weight_only_contenders,
 )
+from benchmarks.quality.peers import installed
 from benchmarks.rows import Row, RowFile, line_of
 from benchmarks.shapes import RESOLUTIONS, Case, cases, small
 from benchmarks.timing import Call, Evict, Timed, interleave, sentence
@@ -93,16 +94,17 @@ class Bench:
         layer, mine = self.case.layer, contender.package == OURS
         return Row(**machine.provenance(), isa=machine.our_isa() if mine else machine.torch_isa(), op=op,
                    shape=self.case.label, m=self.case.m, n=layer.n, k=layer.k, contender=contender.name,
-                   version="" if mine else machine.installed(contender.package), note=note)
+                   version="" if mine else installed(contender.package), note=note)
 
     def fill(self, row: Row, ready: Ready, timed: Timed) -> None:
         row.backend, row.stored_bytes, row.held_bytes = ready.backend, ready.stored, ready.held
         if row.contender not in timed.rounds:
             return
-        row.fill_times(timed.rounds[row.contender], timed.speedup(row.contender, BASELINE))
-        if ready.gives_y:
+        whole = ready.gives_y  # a part of the work has a time, but neither a rate nor a ratio
+        row.fill_times(timed.rounds[row.contender], timed.speedup(row.contender, BASELINE) if whole else None)
+        if whole:
             row.tops = self.chain.flops(self.case.m) / (1e9 * row.median_ms)
-        row.gbps = ready.stored / (1e6 * row.median_ms)
+            row.gbps = ready.stored / (1e6 * row.median_ms)
 
 
 # ------------------------------------------------------------------------------------------------------------ suites
@@ -193,7 +195,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["flux/*"], help="globs of model/layer, see shapes.py")
     parser.add_argument("--resolutions", type=int, nargs="+", choices=RESOLUTIONS, default=list(RESOLUTIONS))
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--isa", nargs="+", help="auto, amx, avx512, avx2, portable; default: all that run here")
+    parser.add_argument("--isa", nargs="+", help="auto, avx512, avx2, portable, …; default: all that run here")
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring each shape; never below 3 rounds")
     parser.add_argument("--limit", type=float, default=8.0, help="a call slower than this is not repeated")
     parser.add_argument("--tokens", type=int, default=0, help="instead of the real number of rows, for a dry run")

@@ -40,6 +40,7 @@ class Row:
     speedup_high: float | str = ""
     stored_bytes: int | str = ""
     held_bytes: int | str = ""
+    peak_bytes: int | str = ""
     error: float | str = ""
     rounds_ms: str = ""
     note: str = ""
@@ -97,7 +98,8 @@ def line_of(row: Row) -> str:
     if not isinstance(row.median_ms, float):
         rate = f"{row.gbps:.1f} GB/s" if isinstance(row.gbps, float) else f"{row.tops:.2f} TOP/s" if row.tops else ""
         return f"  {row.op:13} {row.contender:44} {rate or row.note}"
-    tops = f"{row.tops:6.3f} TOP/s" if isinstance(row.tops, float) else f"{row.gbps:6.2f} GB/s "
+    tops = f"{row.tops:6.3f} TOP/s" if isinstance(row.tops, float) else ""
     speedup = f"{row.speedup:6.2f}x ({row.speedup_low:.2f}-{row.speedup_high:.2f})" if row.speedup else ""
     error = f"error {100 * row.error:.2f} %" if isinstance(row.error, float) else ""
-    return f"  {row.op:13} {row.contender:44} {row.median_ms:9.2f} ms {tops} {speedup:19} {error} {row.note}"
+    peak = f"peak {row.peak_bytes / 2**20:.0f} MiB" if isinstance(row.peak_bytes, int) else ""
+    return f"  {row.op:13} {row.contender:44} {row.median_ms:9.2f} ms {tops:12} {speedup:19} {error} {peak} {row.note}"

@@ -41,7 +41,7 @@ def test_rows_of_a_linear(tmp_path: Path) -> None:
     assert rows[BASELINE]["speedup"] == "1" and float(rows[BASELINE]["error"]) < 0.01
     assert all(int(row["rounds"]) >= 3 and row["cpu"] and row["commit"] for row in rows.values())
     a8 = rows["nunchaku-py a8, int4 rank 32"]
-    assert 0.05 < float(a8["error"]) < 0.2 and "torch" in a8["backend"]
+    assert 0.05 < float(a8["error"]) < 0.2 and a8["backend"] in ("cpu", "torch")
     assert int(a8["stored_bytes"]) < int(rows[BASELINE]["stored_bytes"]) and int(a8["held_bytes"]) > 0
 
 

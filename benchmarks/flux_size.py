@@ -1,0 +1,247 @@
+"""A model of FLUX.1's size on a machine too small for it in 16 bit: made block by block, loaded, run for one step.
+
+    python -m benchmarks.flux_size build --folder /tmp/flux-size            about 7 GB on disk
+    python -m benchmarks.flux_size step --folder /tmp/flux-size --threads 2 --out benchmarks/results/flux_size_cpu.csv
+
+The architecture is that of FLUX.1-dev, the weights are random. Of each kind of block `--distinct` are drawn and
+quantized, and written under the names of all the others: neither time nor memory of a step depends on what the weights
+are.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import nunchaku_py as nq
+from benchmarks import machine
+from benchmarks.contenders import OURS
+from benchmarks.quality.peers import installed
+from benchmarks.quick import CHOICES
+from benchmarks.rows import Row, RowFile, line_of
+from benchmarks.shapes import CONFIGS
+from nunchaku_py.checkpoint.manifest import manifest_of
+from nunchaku_py.diffusers_hook import SVDQuantConfig
+from nunchaku_py.engine import Engine, Job, jobs_of
+from nunchaku_py.models.plan import plan
+from nunchaku_py.quantize import context_of
+from nunchaku_py.recipes import Recipe
+from nunchaku_py.swap import Quantized, empty_module, entry_of, replace_module
+
+BF16 = torch.bfloat16
+WEIGHTS = "diffusion_pytorch_model"  # diffusers' name of a model's files
+TEXT = 512
+LIMIT = 9.0  # GB that the process of a step may take
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+class Shards:
+    """Writes one safetensors file per part of the model, and the index that names them, as diffusers reads them."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count, self.map, self.size = folder, count, {}, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{WEIGHTS}*"):
+            old.unlink()
+
+    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        name = f"{WEIGHTS}-{index + 1:05}-of-{self.count:05}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.folder / name, {"format": "pt"})
+        self.map |= dict.fromkeys(tensors, name)
+        self.size += sum(tensor.nbytes for tensor in tensors.values())
+
+    def finish(self) -> None:
+        index = {"metadata": {"total_size": self.size}, "weight_map": self.map}
+        (self.folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+class Builder:
+    """Makes blocks one after another: quantizes the first ones of a kind, and copies these for the rest."""
+
+    def __init__(self, double: int, single: int, recipe: Recipe, distinct: int) -> None:
+        self.model, self.distinct = meta_model(double, single), distinct
+        planned = plan(self.model, recipe.kind)
+        self.groups = [unit.names for unit in planned.units if len(unit.names) > 1]
+        self.engine = Engine(recipe, context_of(recipe, BF16, seed=0))
+        self.jobs: dict[str, list[Job]] = {}
+        for job in jobs_of(planned):
+            self.jobs.setdefault(job.block, []).append(job)
+        self.made: dict[str, dict[str, Tensor]] = {}  # block → its tensors, of those that are copied
+
+    def block(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a block, quantized or copied."""
+        kind, _, number = name.rpartition(".")
+        source = f"{kind}.{int(number) % self.distinct}" if self.distinct else name
+        if source != name:
+            return renamed_block(self.model, source, name, self.made[source])
+        tensors = quantized_block(self.model, name, self.jobs[name], self.engine)
+        if self.distinct:
+            self.made[name] = tensors
+        return tensors
+
+
+@torch.no_grad()
+def build(args: argparse.Namespace) -> None:
+    """Write the checkpoint. Of 16-bit weights those of one job are in memory at a time."""
+    started, recipe = time.monotonic(), CHOICES[args.recipe]
+    builder = Builder(args.double, args.single, recipe, args.distinct)
+    count = len(builder.jobs)
+    shards = Shards(args.folder, count + 1)
+    for index, name in enumerate(builder.jobs):
+        shards.write(index, builder.block(name))
+        print(f"  [{index + 1}/{count}] {name}: {time.monotonic() - started:.0f} s so far, "
+              f"peak memory {machine.memory()['VmHWM'] / 1e9:.1f} GB", flush=True)
+    shards.write(count, random_rest(builder.model, ""))
+    shards.finish()
+    write_config(builder.model, args.folder, recipe.name, builder.groups)
+    print(f"{shards.size / 1e9:.2f} GB in {args.folder}, {time.monotonic() - started:.0f} s")
+
+
+def meta_model(double: int, single: int) -> FluxTransformer2DModel:
+    """FLUX.1-dev without data, with so many blocks of both kinds."""
+    config = {**CONFIGS["flux"][1], "num_layers": double, "num_single_layers": single}
+    with init_empty_weights():
+        return FluxTransformer2DModel(**config).bfloat16()
+
+
+def quantized_block(model: nn.Module, block: str, jobs: Sequence[Job], engine: Engine) -> dict[str, Tensor]:
+    """Draw and quantize one block, job by job; leaves meta tensors in the model. Returns its tensors by full name."""
+    tensors: dict[str, Tensor] = {}
+    for job in jobs:
+        drawn = {name: random_linear(model.get_submodule(name)) for name in job.names}
+        modules, _ = engine.run(job, drawn, {})
+        for name, module in modules.items():
+            tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in module.state_dict().items()}
+            put_empty(model, name, module)
+    return tensors | random_rest(model, f"{block}.", tensors)
+
+
+def renamed_block(model: nn.Module, source: str, block: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `source` under the names of `block`, which gets the same empty modules."""
+    for name, module in list(model.get_submodule(source).named_modules()):
+        if getattr(module, "is_nunchaku_quantized", False) and ".parts." not in f".{name}.":
+            put_empty(model, f"{block}.{name}", module)
+    return {block + name.removeprefix(source): tensor for name, tensor in tensors.items()}
+
+
+def put_empty(model: nn.Module, name: str, like: Quantized) -> None:
+    old = model.get_submodule(name)
+    replace_module(model, name, empty_module(old, entry_of(like), like.bias is not None, BF16))
+
+
+def random_linear(meta: nn.Module) -> nn.Linear:
+    made = nn.Linear(meta.in_features, meta.out_features, bias=meta.bias is not None, dtype=BF16).requires_grad_(False)
+    made.weight.normal_(std=meta.in_features**-0.5)
+    return made
+
+
+def random_rest(model: nn.Module, prefix: str, known: Container[str] = ()) -> dict[str, Tensor]:
+    """Random values for what is not quantized: in the block `prefix`, or ("") outside all blocks."""
+    found = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)
+             and name not in known and (prefix or "transformer_blocks." not in name)}
+    return {name: torch.ones(tensor.shape, dtype=BF16) if "norm_" in name and tensor.ndim == 1
+            else torch.empty(tensor.shape, dtype=BF16).normal_(std=tensor.shape[-1]**-0.5)
+            for name, tensor in found.items()}
+
+
+def write_config(model: FluxTransformer2DModel, folder: Path, recipe: str, groups: Sequence[Sequence[str]]) -> None:
+    """config.json with the description of what is quantized."""
+    config = SVDQuantConfig()
+    config.describe(manifest_of(model, recipe, groups), BF16)
+    model.register_to_config(quantization_config=config)
+    model.save_config(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- one step
+def step(args: argparse.Namespace) -> None:
+    """Load and run the checkpoint in this process, which has done nothing else."""
+    torch.set_num_threads(args.threads)
+    before, started = machine.memory(), time.monotonic()
+    model = nq.load(args.folder, mode=args.mode)
+    loaded, seconds = machine.memory(), time.monotonic() - started
+    print(f"loaded in {seconds:.1f} s: {gigabytes(loaded)} (imports alone: {gigabytes(before)})", flush=True)
+    print(nq.explain(model), flush=True)
+    times = list(steps(model, args))
+    after = machine.memory()
+    row = Row(**machine.provenance(), isa=machine.our_isa(), op="step", contender=f"{OURS} {args.mode}", note=(
+        f"load {seconds:.1f} s; after it {gigabytes(loaded)}; the imports alone {gigabytes(before)}"),
+        shape=f"FLUX.1 transformer, {len(model.transformer_blocks)} + {len(model.single_transformer_blocks)} blocks",
+        m=args.tokens + TEXT, stored_bytes=sum(file.stat().st_size for file in args.folder.glob("*.safetensors")),
+        peak_bytes=after["VmHWM"], version=installed("diffusers"))
+    row.fill_times(times, None)
+    if args.out:
+        with RowFile(args.out) as file:
+            file.write(row)
+    print(line_of(row))
+    verdict = "within" if after["VmHWM"] <= LIMIT * 1e9 else "ABOVE"
+    print(f"peak memory {after['VmHWM'] / 1e9:.2f} GB, {verdict} {LIMIT:g} GB; at the end {gigabytes(after)}")
+
+
+@torch.no_grad()
+def steps(model: FluxTransformer2DModel, args: argparse.Namespace) -> Iterator[float]:
+    inputs = step_inputs(model, args.tokens)
+    for number in range(args.steps):
+        started = time.monotonic()
+        y = model(**inputs)
+        yield time.monotonic() - started
+        y = y.sample
+        print(f"step {number + 1}: {time.monotonic() - started:.1f} s, output {tuple(y.shape)}, "
+              f"{'finite' if y.isfinite().all() else 'NOT FINITE'}, {gigabytes(machine.memory())}", flush=True)
+
+
+def step_inputs(model: FluxTransformer2DModel, tokens: int) -> dict[str, Any]:
+    """What the pipeline passes for one image of so many tokens: 1024 are 512×512."""
+    config, side = model.config, max(1, int(tokens**0.5))
+    ids = torch.zeros(tokens, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(tokens) // side, torch.arange(tokens) % side
+    torch.manual_seed(0)
+    return {"hidden_states": torch.randn(1, tokens, config.in_channels).to(BF16), "img_ids": ids.to(BF16),
+            "encoder_hidden_states": torch.randn(1, TEXT, config.joint_attention_dim).to(BF16),
+            "txt_ids": torch.zeros(TEXT, 3, dtype=BF16), "timestep": torch.tensor([0.5], dtype=BF16),
+            "pooled_projections": torch.randn(1, config.pooled_projection_dim).to(BF16),
+            "guidance": torch.tensor([3.5], dtype=BF16)}
+
+
+def gigabytes(memory: dict[str, int]) -> str:
+    return (f"{memory['VmRSS'] / 1e9:.2f} GB resident: {memory['RssAnon'] / 1e9:.2f} its own, "
+            f"{memory['RssFile'] / 1e9:.2f} of mapped files")
+
+
+# ------------------------------------------------------------------------------------------------------------------ CLI
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("build", "step"))
+    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint; delete it afterwards")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--double", type=int, default=19, help="build: double blocks")
+    parser.add_argument("--single", type=int, default=38, help="build: single blocks")
+    parser.add_argument("--recipe", choices=CHOICES, default="quick-int4", help="build")
+    parser.add_argument("--distinct", type=int, default=1, help="build: different blocks of each kind, 0: all")
+    parser.add_argument("--quick", action="store_true", help="build: 1 double and 2 single blocks; step: 64 tokens")
+    parser.add_argument("--mode", choices=("auto", "a4", "a8", "a16"), default="auto", help="step")
+    parser.add_argument("--tokens", type=int, default=1024, help="step: of the image; 1024 are 512×512")
+    parser.add_argument("--steps", type=int, default=2, help="step: how many; the first one reads the file")
+    parser.add_argument("--out", type=Path, help="step: CSV that the row is added to")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.double, args.single, args.tokens = 1, 2, 64
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    build(args) if args.command == "build" else step(args)
+
+
+if __name__ == "__main__":
+    main()
