@@ -57,10 +57,11 @@ class SplitLinear(nn.Linear):
 
     def total(self, outputs: Sequence[Tensor]) -> Tensor:
         """fp32: the sum of what the parts gave, with the bias."""
-        y = sum(output.float() for output in outputs)
-        for term in (self.bias, *(part.unshift for part in self.parts)):
-            y = y if term is None else y + term.float()
-        return y
+        y = outputs[0].float()
+        for output in outputs[1:]:
+            y = y + output  # fp32, as y is
+        vectors = [term.float() for term in (self.bias, *(part.unshift for part in self.parts)) if term is not None]
+        return y + sum(vectors[1:], vectors[0]) if vectors else y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, parts={list(self.ranges)}"
