@@ -164,8 +164,9 @@ def lead(args: argparse.Namespace) -> int:
     RowFile.create(args.out)
     started, failed = time.monotonic(), 0
     for count, isa in wanted:
-        code = subprocess.run([sys.executable, "-m", "benchmarks.ops", *sys.argv[1:], "--threads", str(count),
-                               "--worker", isa], cwd=machine.ROOT, env=environment(count, isa)).returncode
+        own = ["--threads", str(count), "--worker", isa, "--out", str(args.out)]  # the last of two counts
+        code = subprocess.run([sys.executable, "-m", "benchmarks.ops", *sys.argv[1:], *own], cwd=machine.ROOT,
+                              env=environment(count, isa)).returncode
         failed += code != 0
         print(f"{isa}, {count} threads: {'done' if code == 0 else f'ended with status {code}'}, "
               f"{(time.monotonic() - started) / 60:.1f} minutes so far", flush=True)
@@ -192,7 +193,7 @@ def minutes(args: argparse.Namespace, wanted: Sequence[tuple[int, str]]) -> floa
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--shapes", nargs="+", default=["flux/*"], help="globs of model/layer, see shapes.py")
+    parser.add_argument("--shapes", nargs="+", help="globs of model/layer, see shapes.py; default: flux/*")
     parser.add_argument("--resolutions", type=int, nargs="+", choices=RESOLUTIONS, default=list(RESOLUTIONS))
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--isa", nargs="+", help="auto, avx512, avx2, portable, …; default: all that run here")
@@ -205,8 +206,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.out = args.out.resolve()
+    args.shapes = args.shapes or list(QUICK if args.quick else ("flux/*",))
     if args.quick:
-        args.shapes, args.resolutions, args.seconds = list(QUICK), [512], min(args.seconds, 3.0)
+        args.resolutions, args.seconds = [512], min(args.seconds, 3.0)
     return args
 
 
