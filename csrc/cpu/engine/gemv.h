@@ -4,30 +4,110 @@
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
-constexpr std::int64_t gemv_tokens = 4;
+constexpr std::int64_t gemv_tokens = 16;
 
-// Tokens as fp32, in the order in which codes are taken: 2W at a time, those of low nibbles before those of high ones.
-inline void deinterleave(float* out, const float* x, std::int64_t k) {
-  for (std::int64_t at = 0; at < k; at += 2 * W)
-    for (int i = 0; i < W; i++) {
-      out[at + i] = x[at + 2 * i];
-      out[at + W + i] = x[at + 2 * i + 1];
+// How 2W codes, in W bytes, meet tokens. `Plain`: fp32, those of low nibbles before those of high ones.
+struct PairsOfFloats {
+  using Table = Simd::Table;
+  static constexpr std::int64_t step = 2 * W;
+  static constexpr std::int64_t words_per_step = 2 * W;  // of a token
+
+  static Table table(const Sixteen& values, Type type) { return values.rounded_to(type).held(); }
+  static void stage(std::int32_t* out, const void* row, Type type, std::int64_t k, std::int64_t padded) {
+    float* x = reinterpret_cast<float*>(out);
+    to_floats(x, row, type, k, padded);
+    for (std::int64_t at = 0; at < padded; at += step) {
+      float both[step];
+      for (int i = 0; i < W; i++) {
+        both[i] = x[at + 2 * i];
+        both[W + i] = x[at + 2 * i + 1];
+      }
+      std::memcpy(x + at, both, sizeof both);
     }
-}
+  }
+  struct Weights {
+    F low, high;
+  };
+  static Weights decode(const Table& table, const std::uint8_t* codes) {
+    I even, odd;
+    Simd::load_pairs(codes, even, odd);
+    return {Simd::lookup(table, even), Simd::lookup(table, odd)};
+  }
+  static F dot(F sum, const Weights& w, const std::int32_t* x) {
+    sum = Simd::fma(w.low, Simd::as_float(Simd::load_int(x)), sum);
+    return Simd::fma(w.high, Simd::as_float(Simd::load_int(x + W)), sum);
+  }
+};
 
+// W codes at a time, in their order: for groups that 2W does not divide.
+struct SingleFloats {
+  using Table = Simd::Table;
+  static constexpr std::int64_t step = W;
+  static constexpr std::int64_t words_per_step = W;
+
+  static Table table(const Sixteen& values, Type type) { return values.rounded_to(type).held(); }
+  static void stage(std::int32_t* out, const void* row, Type type, std::int64_t k, std::int64_t padded) {
+    to_floats(reinterpret_cast<float*>(out), row, type, k, padded);
+  }
+  using Weights = F;
+  static F decode(const Table& table, const std::uint8_t* codes) {
+    return Simd::lookup(table, Simd::load_nibbles(codes));
+  }
+  static F dot(F sum, F w, const std::int32_t* x) { return Simd::fma(w, Simd::as_float(Simd::load_int(x)), sum); }
+};
+
+#if defined(NUNCHAKU_PY_AVX512_BF16)
+// Pairs of bf16, two products at once.
+struct PairsOfHalves {
+  using Table = Simd::HalfTable;
+  static constexpr std::int64_t step = 32;
+  static constexpr std::int64_t words_per_step = 16;
+
+  static Table table(const Sixteen& values, Type) { return Simd::half_table(values.part[0]); }
+  static void stage(std::int32_t* out, const void* row, Type, std::int64_t k, std::int64_t padded) {
+    std::memcpy(out, row, static_cast<std::size_t>(2 * k));
+    std::memset(reinterpret_cast<std::uint16_t*>(out) + k, 0, static_cast<std::size_t>(2 * (padded - k)));
+  }
+  using Weights = I;
+  static I decode(const Table& table, const std::uint8_t* codes) { return Simd::lookup_half(table, codes); }
+  static F dot(F sum, I w, const std::int32_t* x) { return Simd::dot_words(sum, w, Simd::load_int(x)); }
+};
+#endif
+
+// One sum per token. Not an array: the compiler would keep it in memory, and wait for it at every step.
+template <class Way, int tokens>
+struct Sums {
+  F sum = Simd::zero();
+  Sums<Way, tokens - 1> others;
+
+  void add(const typename Way::Weights& w, const std::int32_t* x, std::int64_t stride) {
+    sum = Way::dot(sum, w, x);
+    others.add(w, x + stride, stride);
+  }
+  void store(float* y, std::int64_t step, const Sums& also) const {
+    *y = Simd::reduce_add(Simd::add(sum, also.sum));
+    others.store(y + step, step, also.others);
+  }
+};
+template <class Way>
+struct Sums<Way, 0> {
+  void add(const typename Way::Weights&, const std::int32_t*, std::int64_t) {}
+  void store(float*, std::int64_t, const Sums&) const {}
+};
+
+template <class Way>
 class Gemv {
  public:
   explicit Gemv(const LinearArguments& arguments)
-      : a(arguments), loop(a), padded(padded_depth(a.k)), paired(loop.w.group % (2 * W) == 0) {}
+      : a(arguments), w(arguments), padded(padded_depth(a.k)), words(padded / Way::step * Way::words_per_step),
+        tokens(a.m <= 2 ? a.m : a.m <= 4 ? 4 : a.m <= 8 ? 8 : 16) {}
 
   void run() const {
     static thread_local Scratch scratch;
-    float* x = static_cast<float*>(scratch.get(static_cast<std::size_t>(4 * padded * (a.m + 1))));
-    for (std::int64_t m = 0; m < a.m; m++) {
-      float* plain = paired ? x + a.m * padded : x + m * padded;
-      to_floats(plain, at(a.qx, a.out, m * a.k), a.out, a.k, padded);
-      if (paired) deinterleave(x + m * padded, plain, padded);
-    }
+    if (a.m == 0 || a.n == 0) return;
+    auto* x = static_cast<std::int32_t*>(scratch.get(static_cast<std::size_t>(4 * words * tokens)));
+    for (std::int64_t m = 0; m < tokens; m++)  // those beyond the last repeat it
+      Way::stage(x + m * words, at(a.qx, a.out, smaller(m, a.m - 1) * a.k), a.out, a.k, padded);
     const std::int64_t panels = panel_count(a, rows);
     const std::int64_t together = panels / (16 * a.threads) + 1;  // neighbours, so that memory is read in order
     parallel(a.threads, (panels + together - 1) / together, [&](std::int64_t item) {
@@ -38,26 +118,22 @@ class Gemv {
  private:
   static constexpr std::int64_t rows = 2 * W;
 
-  void panel(std::int64_t index, const float* x) const {
+  void panel(std::int64_t index, const std::int32_t* x) const {
     static thread_local Scratch scratch;
     const Panel p = panel_of(a, index, rows);
     const std::int64_t rank = round_up(a.r, W);
-    char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * (p.rows * (rank + gemv_tokens + 1) + rank) + 256)));
+    const std::int64_t floats = p.rows * (rank + tokens + 1) + rank + 2 * (w.groups + W);
+    char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * floats + 512)));
     float* up = carve<float>(memory, p.rows * rank);
     float* bias = carve<float>(memory, p.rows);
-    float* y = carve<float>(memory, p.rows * gemv_tokens);  // (tokens, rows)
+    float* y = carve<float>(memory, p.rows * tokens);  // (tokens, rows)
     float* h = carve<float>(memory, rank);
+    float* scales = carve<float>(memory, 2 * (w.groups + W));
     for (std::int64_t i = 0; i < p.rows; i++) {
       const std::int64_t n = p.channel(i);
       if (rank) to_floats(up + i * rank, at(a.up.data, a.up.type, n * a.r), a.up.type, a.r, rank);
       bias[i] = number(a.bias.data, a.bias.type, n);
-      if (i && n == p.channel(i - 1)) continue;  // void
-      switch (a.m) {
-        case 1: row<1>(n, x, y + i, p.rows); break;
-        case 2: row<2>(n, x, y + i, p.rows); break;
-        case 3: row<3>(n, x, y + i, p.rows); break;
-        default: row<4>(n, x, y + i, p.rows);
-      }
+      if (i == 0 || n != p.channel(i - 1)) row_of(n, x, scales, y + i, p.rows);
     }
     for (std::int64_t m = 0; m < a.m; m++) {
       if (rank) to_floats(h, a.h + m * a.r, Type::f32, a.r, rank);
@@ -72,52 +148,63 @@ class Gemv {
     return Simd::reduce_add(sum);
   }
 
-  // y[t·step] = Σ_k x[t,k]·w[n,k]
-  template <int tokens>
-  void row(std::int64_t n, const float* x, float* y, std::int64_t step) const {
-    F low[tokens], high[tokens];
-    for (int t = 0; t < tokens; t++) low[t] = high[t] = Simd::zero();
-    const std::uint8_t* codes = loop.w.row(n);
-    const std::int64_t group = loop.w.group ? loop.w.group : a.k;
-    for (std::int64_t g = 0; g < loop.w.groups(); g++) {
-      alignas(64) float table[16];
-      loop.rounded_table(table, n, g);
-      const std::int64_t begin = g * group, end = smaller(begin + group, a.k);
-      std::int64_t k = begin;
-      for (; paired && k + 2 * W <= end; k += 2 * W) pair<tokens>(table, codes + k / 2, x + k, low, high);
-      for (; !paired && k + W <= end; k += W) single<tokens>(table, codes + k / 2, x + k, low);
-      if (k == end) continue;
-      std::uint8_t rest[W] = {};  // codes past the end meet zeros of x
-      std::memcpy(rest, codes + k / 2, static_cast<std::size_t>((end - k + 1) / 2));
-      if (paired)
-        pair<tokens>(table, rest, x + k, low, high);
-      else
-        single<tokens>(table, rest, x + k, low);
-    }
-    for (int t = 0; t < tokens; t++) y[t * step] = Simd::reduce_add(Simd::add(low[t], high[t]));
-  }
-
-  template <int tokens>
-  void pair(const float* table, const std::uint8_t* codes, const float* x, F* low, F* high) const {
-    I even, odd;
-    Simd::load_pairs(codes, even, odd);
-    const F first = Simd::lookup(table, even), second = Simd::lookup(table, odd);
-    for (int t = 0; t < tokens; t++) {
-      low[t] = Simd::fma(first, Simd::load(x + t * padded), low[t]);
-      high[t] = Simd::fma(second, Simd::load(x + t * padded + W), high[t]);
+  void row_of(std::int64_t n, const std::int32_t* x, float* scales, float* y, std::int64_t step) const {
+    switch (tokens) {
+      case 1: return row<1>(n, x, scales, y, step);
+      case 2: return row<2>(n, x, scales, y, step);
+      case 4: return row<4>(n, x, scales, y, step);
+      case 8: return row<8>(n, x, scales, y, step);
+      default: return row<16>(n, x, scales, y, step);
     }
   }
 
-  template <int tokens>
-  void single(const float* table, const std::uint8_t* codes, const float* x, F* sums) const {
-    const F w = Simd::lookup(table, Simd::load_nibbles(codes));
-    for (int t = 0; t < tokens; t++) sums[t] = Simd::fma(w, Simd::load(x + t * padded), sums[t]);
+  // y[t·step] = Σ_k x[t,k]·w[n,k]; scales: room for the row's.
+  template <int count>
+  void row(std::int64_t n, const std::int32_t* x, float* scales, float* y, std::int64_t step) const {
+    Sums<Way, count> sums, others;  // two chains of sums hide the latency of one; many tokens hide it by themselves
+    constexpr int chains = count > 4 ? 1 : 2;
+    w.row_scales(n, scales);
+    // In variables of their own: what is written to memory could be them, for all the compiler knows.
+    const std::int64_t group = w.group, groups = w.groups, stride = words;
+    const std::int64_t zeros = w.format == Format::uint4 ? round_up(groups, W) : 0;
+    const float channel = w.channel(n);
+    const Type type = a.out;
+    const std::uint8_t* codes = w.row(n);
+    std::int64_t left = w.k;
+    for (std::int64_t g = 0; g < groups; g++) {
+      const typename Way::Table table = Way::table(w.table(scales[g], scales[zeros + g], channel), type);
+      std::int64_t here = smaller(group, left);
+      left -= here;
+      for (; here >= chains * Way::step; here -= chains * Way::step) {
+        sums.add(Way::decode(table, codes), x, stride);
+        if constexpr (chains > 1) others.add(Way::decode(table, codes + Way::step / 2), x + Way::words_per_step, stride);
+        codes += chains * Way::step / 2;
+        x += chains * Way::words_per_step;
+      }
+      for (; here > 0; here -= Way::step) {
+        std::uint8_t rest[Way::step / 2] = {};  // codes past the end meet zeros of x
+        const std::int64_t some = smaller(Way::step, here);
+        std::memcpy(rest, codes, static_cast<std::size_t>((some + 1) / 2));
+        if (some % 2) rest[some / 2] &= 15;  // as zeros of weights, or ∞·0 would be NaN
+        sums.add(Way::decode(table, rest), x, stride);
+        codes += some / 2;
+        x += Way::words_per_step;
+      }
+    }
+    sums.store(y, step, others);
   }
 
   const LinearArguments& a;
-  const W4A16<DotFloat> loop;
-  const std::int64_t padded;
-  const bool paired;
+  const Codes w;
+  const std::int64_t padded, words, tokens;
 };
+
+inline void gemv(const LinearArguments& a) {
+  if (a.group % (2 * W)) return Gemv<SingleFloats>(a).run();
+#if defined(NUNCHAKU_PY_AVX512_BF16)
+  if (a.out == Type::bf16) return Gemv<PairsOfHalves>(a).run();
+#endif
+  Gemv<PairsOfFloats>(a).run();
+}
 
 }  // namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA

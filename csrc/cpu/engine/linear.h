@@ -99,7 +99,7 @@ class Linear {
     static thread_local Scratch scratch;
     const Panel p = panel_of(a, index, rows);
     const std::int64_t scales = loop.scale_count(p.rows);
-    const std::int64_t words = p.rows * (loop.stride + 3 * token_step + rank + 3) + 2 * scales + loop.padded + 4 * loop.w.groups();
+    const std::int64_t words = p.rows * (loop.stride + 3 * token_step + rank + 3) + 2 * scales + loop.padded + 6 * loop.w.groups + 2 * W;
     char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * words + 1024)));
     Pieces pieces{};
     pieces.weights = carve<std::int32_t>(memory, p.rows * loop.stride);
@@ -108,7 +108,8 @@ class Linear {
     pieces.channels = carve<float>(memory, p.rows);
     pieces.offsets = carve<float>(memory, scales);
     pieces.bytes = carve<std::int8_t>(memory, loop.padded);
-    pieces.tables = carve<std::int8_t>(memory, 16 * loop.w.groups());
+    pieces.row_scales = carve<float>(memory, 2 * (loop.w.groups + W));
+    pieces.tables = carve<std::int8_t>(memory, 16 * loop.w.groups);
     pieces.integers = carve<std::int32_t>(memory, p.rows * token_step);
     auto* up = carve<std::int32_t>(memory, p.rows * rank);
     float* bias = carve<float>(memory, p.rows);

@@ -34,6 +34,7 @@ struct Pieces {
   float* channels;        // per row: W4A4's channel_scale
   float* offsets;         // W4A4 with uint4 weights: zeros (rows, groups)
   std::int8_t* bytes;     // one row, expanded
+  float* row_scales;      // of one row
   std::int8_t* tables;    // of one row, 16 per group
   std::int32_t* integers;  // (rows, token_step)
 };
@@ -64,8 +65,8 @@ struct W4A8 {
       to.scales[i] = static_cast<const float*>(a.sw)[n];
     } else {
       to.scales[i] = a.row_scales ? a.row_scales[n] : row_scale(w, n);
-      fold_tables(w, n, to.scales[i], to.tables);
-      expand(bytes, w.row(n), a.k, to.tables, w.group ? w.group : padded);
+      fold_tables(w, n, to.scales[i], to.row_scales, to.tables);
+      expand(bytes, w.row(n), a.k, to.tables, w.group);
     }
     to.sums[i] = 0;
     if constexpr (Dot::column_offset != 0) {
@@ -100,21 +101,21 @@ struct W4A4 {
 
   explicit W4A4(const LinearArguments& arguments)
       : a(arguments), w(arguments), depth(depth_of<Dot>(a.k)), stride(depth + row_padding), padded(padded_depth(a.k)),
-        groups(w.groups()), group(w.group ? w.group : padded), act_values(a.act), weight_values(a.weight),
+        groups(w.groups), group(w.group), act_values(a.act), weight_values(a.weight),
         unit((a.act == Format::nvfp4 ? 0.5f : 1.0f) * (a.weight == Format::nvfp4 ? 0.5f : 1.0f)) {}
 
   std::int64_t scale_count(std::int64_t rows) const { return rows * groups; }
 
   void stage(std::int32_t* out, float* bytes, std::int64_t m) const {
     auto* expanded = reinterpret_cast<std::int8_t*>(bytes);
-    expand(expanded, static_cast<const std::uint8_t*>(a.qx) + m * w.row_bytes(), a.k, act_values.bytes, padded);
+    expand(expanded, static_cast<const std::uint8_t*>(a.qx) + m * w.row_bytes, a.k, act_values.bytes, padded);
     std::memset(expanded + a.k, 0, static_cast<std::size_t>(padded - a.k));
     widen(reinterpret_cast<std::int16_t*>(out), expanded, padded);
   }
   // Scales of a token's groups; with uint4 weights the sums of its groups' codes behind them.
   std::int64_t token_scales() const { return a.weight == Format::uint4 ? 2 * groups : groups; }
   void stage_scales(float* out, std::int64_t m, std::int64_t step) const {
-    const auto* row = static_cast<const std::uint8_t*>(a.qx) + m * w.row_bytes();
+    const auto* row = static_cast<const std::uint8_t*>(a.qx) + m * w.row_bytes;
     for (std::int64_t g = 0; g < groups; g++) {
       const std::int64_t at = m * groups + g;
       const float s = a.act == Format::nvfp4 ? e4m3_values[static_cast<const std::uint8_t*>(a.sx)[at]]
@@ -187,23 +188,12 @@ struct W4A16 {
     }
   }
 
-  // The sixteen values of a group, rounded to the activation's type.
-  void rounded_table(float* table, std::int64_t n, std::int64_t g) const {
-    w.table(table, n, g);
-    for (int i = 0; i < 16; i += W) {
-      alignas(64) float stored[W];
-      store_as(stored, a.out, Simd::load(table + i));
-      Simd::store(table + i, load_as(stored, a.out));
-    }
-  }
-
   void expand_row(const Pieces& to, std::int64_t i, std::int64_t n) const {
     void* row = to.weights + i * stride;
     constexpr Type kind = Dot::per_word == 1 ? Type::f32 : Type::bf16;
-    const std::int64_t group = w.group ? w.group : padded;
-    for (std::int64_t g = 0; a.weight != Format::int8 && g < w.groups(); g++) {
-      alignas(64) float table[16];
-      rounded_table(table, n, g);
+    const std::int64_t group = w.group;
+    for (std::int64_t g = 0; a.weight != Format::int8 && g < w.groups; g++) {
+      const Simd::Table table = w.table(n, g).rounded_to(a.out).held();
       const std::int64_t end = smaller((g + 1) * group, a.k);
       std::int64_t k = g * group;
       for (; k + W <= end; k += W) store_as(at(row, kind, k), kind, Simd::lookup(table, Simd::load_nibbles(w.row(n) + k / 2)));
@@ -223,9 +213,7 @@ struct W4A16 {
     for (std::int64_t k = 0; k < a.k; k += W) {
       std::int8_t some[W] = {};
       std::memcpy(some, bytes + k, static_cast<std::size_t>(smaller(W, a.k - k)));
-      alignas(64) float stored[W];
-      store_as(stored, a.out, Simd::mul(Simd::to_float(Simd::load_int8(some)), scale));
-      store_as(at(row, kind, k), kind, load_as(stored, a.out));
+      store_as(at(row, kind, k), kind, round_to(a.out, Simd::mul(Simd::to_float(Simd::load_int8(some)), scale)));
     }
   }
 

@@ -27,6 +27,10 @@ inline void store_as(void* p, Type type, F a) {
   Simd::store(static_cast<float*>(p), a);
 }
 
+inline F round_to(Type type, F a) {
+  return type == Type::bf16 ? Simd::round_bf16(a) : type == Type::f16 ? Simd::round_f16(a) : a;
+}
+
 // count (up to W) numbers, zeros beside them: nothing past the end is touched.
 inline F load_some(const void* p, Type type, std::int64_t count) {
   if (count >= W) return load_as(p, type);

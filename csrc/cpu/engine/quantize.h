@@ -108,9 +108,7 @@ class Quantize {
       const F shift = load_some(at(a.modulate_shift.data, a.modulate_shift.type, sample + k), a.modulate_shift.type, count);
       F v = Simd::mul(Simd::mul(Simd::sub(Simd::load(x + k), centre), scale), weight);
       v = Simd::add(Simd::mul(v, Simd::add(Simd::set1(1), gain)), shift);
-      alignas(64) float stored[W];
-      store_as(stored, a.x.type, v);
-      store_some(x + k, Type::f32, load_as(stored, a.x.type), count);
+      store_some(x + k, Type::f32, round_to(a.x.type, v), count);
     }
   }
 

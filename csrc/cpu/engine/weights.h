@@ -17,43 +17,74 @@ inline const float* values_of(Format format) {
   return format == Format::int4 ? int4_values : format == Format::uint4 ? uint4_values : e2m1_values;
 }
 
+// Sixteen numbers, one for each code.
+struct Sixteen {
+  F part[16 / W];
+
+  void store(float* out) const {
+    for (int i = 0; i < 16 / W; i++) Simd::store(out + i * W, part[i]);
+  }
+  Simd::Table held() const {
+    alignas(64) float out[16];
+    store(out);
+    return Simd::table(out);
+  }
+  Sixteen rounded_to(Type type) const {
+    Sixteen out;
+    for (int i = 0; i < 16 / W; i++) out.part[i] = round_to(type, part[i]);
+    return out;
+  }
+};
+
 // A 4-bit matrix as the file holds it.
 struct Codes {
   const std::uint8_t* codes;
   const void* scales;
   Format format;
   Type scale_type;
-  std::int64_t k, group;
-  Array aux;  // channel_scale or zeros
+  std::int64_t k, group, groups, row_bytes;  // group: the row where it has one scale
+  Array aux;                                 // channel_scale or zeros
 
   explicit Codes(const LinearArguments& a)
-      : codes(a.qw), scales(a.sw), format(a.weight), scale_type(a.weight_scales), k(a.k), group(a.group), aux(a.aux) {}
+      : codes(a.qw), scales(a.sw), format(a.weight), scale_type(a.weight_scales), k(a.k),
+        group(a.group ? a.group : padded_depth(a.k)), groups(a.group ? (a.k + a.group - 1) / a.group : 1),
+        row_bytes((a.k + 1) / 2), aux(a.aux) {}
 
-  std::int64_t row_bytes() const { return (k + 1) / 2; }
-  std::int64_t groups() const { return group ? (k + group - 1) / group : 1; }
-  const std::uint8_t* row(std::int64_t n) const { return codes + n * row_bytes(); }
+  const std::uint8_t* row(std::int64_t n) const { return codes + n * row_bytes; }
 
   float scale(std::int64_t n, std::int64_t g) const {
-    if (format == Format::nvfp4) return e4m3_values[static_cast<const std::uint8_t*>(scales)[n * groups() + g]];
-    return number(scales, scale_type, n * groups() + g);
+    if (format == Format::nvfp4) return e4m3_values[static_cast<const std::uint8_t*>(scales)[n * groups + g]];
+    return number(scales, scale_type, n * groups + g);
   }
-  float zero(std::int64_t n, std::int64_t g) const { return number(aux.data, aux.type, n * groups() + g); }
+  // All scales of a row, and behind them its zeros if it has any; room for two times groups, rounded up to W.
+  void row_scales(std::int64_t n, float* out) const {
+    const std::int64_t padded = round_up(groups, W);
+    if (format != Format::nvfp4) to_floats(out, at(scales, scale_type, n * groups), scale_type, groups, padded);
+    for (std::int64_t g = 0; format == Format::nvfp4 && g < groups; g++) out[g] = scale(n, g);
+    if (format == Format::uint4) to_floats(out + padded, at(aux.data, aux.type, n * groups), aux.type, groups, padded);
+  }
+  float zero(std::int64_t n, std::int64_t g) const { return number(aux.data, aux.type, n * groups + g); }
   float channel(std::int64_t n) const { return format == Format::nvfp4 ? number(aux.data, aux.type, n) : 1.0f; }
 
-  // What the sixteen codes stand for in group g of row n. The roundings are those of formats.decode.
-  void table(float* out, std::int64_t n, std::int64_t g) const {
+  // What the sixteen codes stand for in a group. The roundings are those of formats.decode. It calls nothing: a call would
+  // push the sums that its callers keep in registers out to memory.
+  Sixteen table(float scale_of_group, float zero_of_group, float channel_of_row) const {
     const float* values = values_of(format);
-    const F factor = Simd::set1(scale(n, g));
-    const F offset = Simd::set1(format == Format::uint4 ? zero(n, g) : 0.0f), row_scale = Simd::set1(channel(n));
-    for (int i = 0; i < 16; i += W) {
-      F v = Simd::mul(Simd::load(values + i), factor);
-      if (format == Format::uint4) v = Simd::add(v, offset);
-      if (format == Format::nvfp4) v = Simd::mul(v, row_scale);
-      Simd::store(out + i, v);
+    const F factor = Simd::set1(scale_of_group);
+    Sixteen out;
+    for (int i = 0; i < 16 / W; i++) {
+      F v = Simd::mul(Simd::load(values + i * W), factor);
+      if (format == Format::uint4) v = Simd::add(v, Simd::set1(zero_of_group));
+      if (format == Format::nvfp4) v = Simd::mul(v, Simd::set1(channel_of_row));
+      out.part[i] = v;
     }
+    return out;
+  }
+  Sixteen table(std::int64_t n, std::int64_t g) const {
+    return table(scale(n, g), format == Format::uint4 ? zero(n, g) : 0.0f, channel(n));
   }
 
-  // No weight of the group is larger. NaN where any could be NaN.
+  // No weight of the group is larger. Infinite or NaN where one may be.
   float bound(std::int64_t n, std::int64_t g) const {
     const float s = scale(n, g);
     if (format == Format::int4) return 8 * std::fabs(s);
@@ -64,28 +95,41 @@ struct Codes {
 };
 
 // max|w| over codes [k0, k1) of one row.
-inline float largest(const std::uint8_t* row, std::int64_t k0, std::int64_t k1, const float* table) {
+inline float largest(const std::uint8_t* row, std::int64_t k0, std::int64_t k1, const Sixteen& table) {
   F top = Simd::zero();
   std::int64_t k = k0;
-  for (; k + W <= k1; k += W) top = Simd::max(top, Simd::abs(Simd::lookup(table, Simd::load_nibbles(row + k / 2))));
-  float result = Simd::reduce_max(top);
+  const Simd::Table held = table.held();
+  for (; k + W <= k1; k += W) top = Simd::max(top, Simd::abs(Simd::lookup(held, Simd::load_nibbles(row + k / 2))));
+  float result = Simd::reduce_max(top), values[16];
+  if (k < k1) table.store(values);
   for (; k < k1; k++) {
-    const float w = std::fabs(table[row[k / 2] >> (k % 2 * 4) & 15]);
+    const float w = std::fabs(values[row[k / 2] >> (k % 2 * 4) & 15]);
     result = result > w ? result : w;
   }
   return result;
 }
 
-// max|w| of a row, NaN if it may hold a number that is not finite. Only groups that could hold the largest are read.
+// max|w| over codes [k0, k1) of one row, NaN if one is not finite.
+inline float largest_checked(const std::uint8_t* row, std::int64_t k0, std::int64_t k1, const Sixteen& table) {
+  float result = 0, values[16];
+  table.store(values);
+  for (std::int64_t k = k0; k < k1; k++) {
+    const float w = std::fabs(values[row[k / 2] >> (k % 2 * 4) & 15]);
+    if (!(w <= largest_float)) return not_a_number;
+    result = result > w ? result : w;
+  }
+  return result;
+}
+
+// max|w| of a row, NaN if one is not finite. Only groups that could hold the largest are read.
 inline float row_top(const Codes& w, std::int64_t n) {
-  float top = 0, table[16];
-  const std::int64_t group = w.group ? w.group : w.k;
-  for (std::int64_t g = 0; g < w.groups(); g++) {
+  float top = 0;
+  for (std::int64_t g = 0; g < w.groups; g++) {
     const float bound = w.bound(n, g);
-    if (!(bound <= largest_float)) return not_a_number;
     if (bound <= top) continue;
-    w.table(table, n, g);
-    const float found = largest(w.row(n), g * group, smaller((g + 1) * group, w.k), table);
+    const auto search = bound <= largest_float ? largest : largest_checked;
+    const float found = search(w.row(n), g * w.group, smaller((g + 1) * w.group, w.k), w.table(n, g));
+    if (found != found) return not_a_number;
     top = top > found ? top : found;
   }
   return top;
@@ -94,17 +138,19 @@ inline float row_top(const Codes& w, std::int64_t n) {
 // One scale per row for INT8: max|w|/127, as formats.fold_int8.
 inline float row_scale(const Codes& w, std::int64_t n) { return row_top(w, n) / 127; }
 
-// The INT8 value of each code: round(w/s), sixteen for every group of row n.
-inline void fold_tables(const Codes& w, std::int64_t n, float s, std::int8_t* tables) {
+// The INT8 value of each code: round(w/s), sixteen for every group of row n. scales: room for those of the row. A subnormal s may be so far below max|w|/127
+// that values have to be clamped.
+inline void fold_tables(const Codes& w, std::int64_t n, float s, float* scales, std::int8_t* tables) {
   const bool usable = s > 0;  // else zero, or NaN
-  const F divisor = Simd::set1(usable ? s : 1.0f);
-  for (std::int64_t g = 0; g < w.groups(); g++) {
-    alignas(64) float table[16];
-    w.table(table, n, g);
-    for (int i = 0; i < 16; i += W)
-      Simd::store_int8(tables + 16 * g + i, Simd::to_int(Simd::div(Simd::load(table + i), divisor)));
+  const F divisor = Simd::set1(usable ? s : 1.0f), low = Simd::set1(-127), high = Simd::set1(127);
+  for (std::int64_t g = 0; g < w.groups; g++) {
+    const Sixteen values = w.table(n, g);
+    for (int i = 0; i < 16 / W; i++) {
+      const F v = Simd::min(Simd::max(Simd::div(values.part[i], divisor), low), high);
+      Simd::store_int8(tables + 16 * g + i * W, Simd::to_int(v));
+    }
   }
-  if (!usable) std::memset(tables, 0, static_cast<std::size_t>(16 * w.groups()));
+  if (!usable) std::memset(tables, 0, static_cast<std::size_t>(16 * w.groups));
 }
 
 // The tables of the block that begins at code k, where groups are shorter than a block.

@@ -58,16 +58,22 @@ struct Simd {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
-  static void store_bf16(std::uint16_t* p, F a) {
+  static I bf16_of(F a) {
     const I bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set1_int(1));
-    I rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, set1_int(0x7FFF))), 16);
-    rounded = _mm256_blendv_epi8(rounded, set1_int(0x7FC0), _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, set1_int(0x7FFF))), 16);
+    const I invalid = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, set1_int(0x7FC0), invalid);
+  }
+  static F round_bf16(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_of(a), 16)); }
+  static void store_bf16(std::uint16_t* p, F a) {
+    const I rounded = bf16_of(a);
     const I pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(pairs));
   }
   static F load_f16(const std::uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static F round_f16(F a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static void store_f16(std::uint16_t* p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -89,8 +95,12 @@ struct Simd {
     low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     high = _mm256_srli_epi32(low, 4);
   }
-  static F lookup(const float* table, I index) {
-    const F low = _mm256_permutevar8x32_ps(load(table), index), high = _mm256_permutevar8x32_ps(load(table + 8), index);
+  struct Table {
+    F low, high;
+  };
+  static Table table(const float* sixteen) { return {load(sixteen), load(sixteen + 8)}; }
+  static F lookup(const Table& table, I index) {
+    const F low = _mm256_permutevar8x32_ps(table.low, index), high = _mm256_permutevar8x32_ps(table.high, index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
 

@@ -46,15 +46,19 @@ struct Simd {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
-  static void store_bf16(std::uint16_t* p, F a) {  // vcvtneps2bf16 would flush subnormal numbers to zero
+  static I bf16_of(F a) {  // vcvtneps2bf16 would flush subnormal numbers to zero
     const I bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set1_int(1));
-    I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, set1_int(0x7FFF))), 16);
-    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), set1_int(0x7FC0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+    const I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, set1_int(0x7FFF))), 16);
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), set1_int(0x7FC0));
+  }
+  static F round_bf16(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_of(a), 16)); }
+  static void store_bf16(std::uint16_t* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_of(a)));
   }
   static F load_f16(const std::uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static F round_f16(F a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static void store_f16(std::uint16_t* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -75,7 +79,9 @@ struct Simd {
     low = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     high = _mm512_srli_epi32(low, 4);
   }
-  static F lookup(const float* table, I index) { return _mm512_permutexvar_ps(index, load(table)); }
+  using Table = __m512;
+  static Table table(const float* sixteen) { return load(sixteen); }
+  static F lookup(Table table, I index) { return _mm512_permutexvar_ps(index, table); }
 
   using Tables = __m512i;
   static Tables load_tables(const std::int8_t* four) { return _mm512_loadu_si512(four); }
@@ -119,6 +125,20 @@ struct Simd {
   // b unsigned, a signed.
   static I dot_uint8(I acc, I b, std::int32_t a) { return _mm512_dpbusd_epi32(acc, b, _mm512_set1_epi32(a)); }
 #if defined(NUNCHAKU_PY_AVX512_BF16)
+  // Sixteen bf16 twice, for the words of 32 codes in 16 bytes.
+  using HalfTable = __m512i;
+  static HalfTable half_table(F sixteen) {
+    return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sixteen)));
+  }
+  static I lookup_half(HalfTable table, const std::uint8_t* nibbles) {
+    const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    // byte·4097: the low nibble in the low word, the high one in the high word; of a word five bits count, and the fifth
+    // tells equal halves of the table apart.
+    return _mm512_permutexvar_epi16(_mm512_madd_epi16(bytes, _mm512_set1_epi32(4097)), table);
+  }
+  static F dot_words(F acc, I a, I b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
   // Two products are added at once and subnormal numbers count as zero.
   static F dot_bf16(F acc, I b, std::int32_t a) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(_mm512_set1_epi32(a)));

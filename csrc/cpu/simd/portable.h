@@ -81,6 +81,8 @@ struct Simd {
     for (int i = 0; i < W; i++) p[i] = bf16_bits(a.v[i]);
   }
   static F load_f16(const std::uint16_t* p) { return each([=](int i) { return f16_value(p[i]); }); }
+  static F round_bf16(F a) { return each([&](int i) { return bf16_value(bf16_bits(a.v[i])); }); }
+  static F round_f16(F a) { return each([&](int i) { return f16_value(f16_bits(a.v[i])); }); }
   static void store_f16(std::uint16_t* p, F a) {
     for (int i = 0; i < W; i++) p[i] = f16_bits(a.v[i]);
   }
@@ -98,8 +100,16 @@ struct Simd {
     low = each_int([=](int i) { return std::int32_t{p[i]}; });
     high = each_int([=](int i) { return p[i] >> 4; });
   }
-  // table[index]; only the low four bits of an index count.
-  static F lookup(const float* table, I index) { return each([&](int i) { return table[index.v[i] & 15]; }); }
+  // Sixteen numbers, and the ones of them that the low four bits of each index name.
+  struct Table {
+    float v[16];
+  };
+  static Table table(const float* sixteen) {
+    Table t;
+    std::memcpy(t.v, sixteen, sizeof t.v);
+    return t;
+  }
+  static F lookup(const Table& table, I index) { return each([&](int i) { return table.v[index.v[i] & 15]; }); }
 
   // Sixteen int8 for each sixteen places of a block of 64.
   struct Tables {
