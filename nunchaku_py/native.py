@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import importlib
 import platform
+import sys
+from functools import cache
+
+from .errors import NunchakuError
 
 try:
     module = importlib.import_module("nunchaku_py._native")
@@ -29,6 +33,21 @@ def cpu_features() -> dict[str, str]:
     return module.cpu_features() if module else {}
 
 
+@cache
+def cpu_isa() -> str:
+    """The instruction set that the CPU ops run on: the best that this CPU has, or the one NUNCHAKU_PY_CPU_ISA names.
+    Chosen once per process."""
+    try:
+        return module.cpu_isa()
+    except RuntimeError as error:
+        raise NunchakuError(str(error)) from None
+
+
+def cpu_isas() -> dict[str, str]:
+    """Instruction set that the CPU ops are compiled for, the best first -> why this process cannot use it, or ""."""
+    return dict(module.cpu_isas()) if module else {}
+
+
 def cuda_targets() -> tuple[str, ...]:
     """The compute capabilities that the CUDA part was compiled for, such as ("80", "90a"); empty without one."""
     return tuple(filter(None, module.cuda_targets.split(";"))) if module else ()
@@ -49,11 +68,23 @@ def report() -> list[str]:
     blocked = [f"{name} ({state})" for name, state in features.items() if state not in ("yes", "no")]
     cpu = ", ".join(usable + blocked) if features else "no instruction sets to choose from"
     lines = [status(), f"CPU: {platform.machine()}: {cpu or 'none of ' + ', '.join(features)}"]
+    lines += [_isa_line()] if module else []
     try:
         lines += [_device_line(index, device) for index, device in enumerate(cuda_devices())]
     except RuntimeError as error:
         lines.append(f"GPU: {error}" if cuda_targets() else "GPU: not looked at, there is no CUDA part")
     return lines
+
+
+def _isa_line() -> str:
+    try:
+        chosen = cpu_isa()
+    except NunchakuError as error:
+        return f"CPU kernels: none run, {error}"
+    better = list(cpu_isas())[:list(cpu_isas()).index(chosen)]
+    why = "; ".join(f"not {name}: {cpu_isas()[name] or 'another was asked for'}" for name in better)
+    threads = f"; threads: {module.cpu_threading()}" if "torch" in sys.modules else ""
+    return f"CPU kernels: run on {chosen}{f' ({why})' if why else ''}{threads}"
 
 
 def _device_line(index: int, device: dict) -> str:

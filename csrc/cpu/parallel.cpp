@@ -41,7 +41,8 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 GompParallel gomp_parallel() {
 #if defined(__linux__)
-  static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static std::atomic<GompParallel> found{nullptr};  // absence is not remembered: torch may be imported later
+  if (!found) found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return found;
 #else
   return nullptr;

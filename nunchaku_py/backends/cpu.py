@@ -33,6 +33,7 @@ def _operand(tensor: Tensor) -> Operand:
 def _refuses_device(tensor: Tensor) -> str | None:
     if native.module is None:
         return native.status()
+    native.cpu_isa()  # what was asked for in the environment may be wrong
     return None if tensor.device.type == "cpu" else f"the tensors are on {tensor.device.type}"
 
 
@@ -107,8 +108,9 @@ class _Linear:
         """The call that writes y; `rows`: of these tokens only."""
         qx, sx, h = (t if rows is None or not t.numel() else t[rows] for t in (self.qx, self.sx, self.h))
         spec = self.spec
+        m = rows.stop - rows.start if rows else self.m
         return native.module.LinearArguments(
-            qx.shape[0], self.n, spec.k, self.up.shape[1], qx.data_ptr(), _operand(sx), FORMATS[spec.act.format],
+            m, self.n, spec.k, self.up.shape[1], qx.data_ptr(), _operand(sx), FORMATS[spec.act.format],
             self.qw.data_ptr(), _operand(self.sw), FORMATS[spec.weight], spec.group, _operand(self.aux), h.data_ptr(),
             _operand(self.up), _operand(self.bias), _operand(y), self.row_scales, torch.get_num_threads())
 
