@@ -19,8 +19,11 @@ def test_every_distinct_call_is_explained(model) -> None:
     assert {e.op for e in found} == {"quantize_act", "linear_w4a8"}
     sites = sum(1 for m in model.modules() if isinstance(m, nq.QuantLinear))
     assert sum(e.sites for e in found if e.op == "linear_w4a8") == sites
-    assert all(e.backend == "torch" and set(e.refusals) == {"cuda", "triton", "cpu"} for e in found)
-    assert "quantize_act (64x" in str(found) and "runs on torch — cuda: not built" in str(found)
+    for e in found:
+        assert e.backend in ("cpu", "torch") and {"cuda", "triton"} <= set(e.refusals) <= {"cuda", "triton", "cpu"}
+        assert ("cpu" in e.refusals) == (e.backend == "torch")
+        assert f"runs on {e.backend} — cuda: not built" in str(e)
+    assert "quantize_act (64x" in str(found)
 
 
 def test_a_backend_that_takes_the_call_is_named(model, monkeypatch: pytest.MonkeyPatch) -> None:
