@@ -69,12 +69,12 @@ void set_norm(QuantizeArguments& a, int norm, float eps, Operand weight, Operand
   a.norm_weight = array(weight), a.scale = array(scale), a.modulate_shift = array(shift);
 }
 
-LinearArguments linear_arguments(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r, Address qx, Operand sx,
+LinearArguments linear_arguments(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r, Operand qx, Operand sx,
                                  int act, Address qw, Operand sw, int weight, std::int64_t group, Operand aux, Address h,
                                  Operand up, Operand bias, Operand y, Address row_scales, int threads) {
   LinearArguments a;
   a.m = m, a.n = n, a.k = k, a.r = r, a.threads = threads;
-  a.qx = pointer<const void>(qx), a.sx = pointer<const void>(sx.first), a.act_scales = static_cast<Type>(sx.second);
+  a.qx = pointer<const void>(qx.first), a.x = static_cast<Type>(qx.second), a.sx = pointer<const void>(sx.first), a.act_scales = static_cast<Type>(sx.second);
   a.act = static_cast<Format>(act), a.weight = static_cast<Format>(weight), a.group = group;
   a.qw = pointer<const std::uint8_t>(qw), a.sw = pointer<const void>(sw.first);
   a.weight_scales = static_cast<Type>(sw.second), a.aux = array(aux);

@@ -39,7 +39,8 @@ struct QuantizeArguments {
 
 struct LinearArguments {
   std::int64_t m = 0, n = 0, k = 0, r = 0;
-  const void* qx = nullptr;  // as quantize_act gives it; act none: (m, k) of `out`'s type
+  const void* qx = nullptr;  // as quantize_act gives it
+  Type x = Type::f32;        // its type where act is none
   const void* sx = nullptr;
   Format act = Format::int8;
   Type act_scales = Type::f32;

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native, ops
+from ..ops.epilogue import EPILOGUES
 from ..ops.quantize_act import empty_like_quantized
 from ..ops.registry import Op, forced_backend
 from ..ops.spec import ActSpec, LinearSpec
@@ -23,6 +24,7 @@ SPAN = 16  # weights that share a table in the kernels
 FUSED_BYTES = 16 * 2**20  # of the activated value between two linears: it stays in the cache
 Operand = tuple[int, int]
 NOTHING: Operand = (0, 0)
+QKV_ROPE = next(epilogue for epilogue in EPILOGUES if epilogue.suffix == "_qkv_rope")
 
 
 def _operand(tensor: Tensor) -> Operand:
@@ -110,7 +112,7 @@ class _Linear:
         spec = self.spec
         m = rows.stop - rows.start if rows else self.m
         return native.module.LinearArguments(
-            m, self.n, spec.k, self.up.shape[1], qx.data_ptr(), _operand(sx), FORMATS[spec.act.format],
+            m, self.n, spec.k, self.up.shape[1], _operand(qx), _operand(sx), FORMATS[spec.act.format],
             self.qw.data_ptr(), _operand(self.sw), FORMATS[spec.weight], spec.group, _operand(self.aux), h.data_ptr(),
             _operand(self.up), _operand(self.bias), _operand(y), self.row_scales, torch.get_num_threads())
 
@@ -148,7 +150,7 @@ def row_scales(weight: QTensor) -> Tensor:
     spec = LinearSpec(weight.format.name, weight.format.group, weight.k, ActSpec("int8", 0))
     n, none = weight.codes.shape[0], weight.codes.new_empty(0, dtype=torch.float32)
     aux = weight.zeros if weight.zeros is not None else weight.channel_scale
-    out = torch.empty(n, dtype=torch.float32)
+    out = weight.codes.new_empty(n, dtype=torch.float32)
     call = _Linear(none.view(0, 0), none, weight.codes, weight.scales, none if aux is None else aux, none,
                    none.view(0, 0), none, spec=spec)
     call.arguments(out).run_row_scales()
@@ -171,6 +173,14 @@ def linear_gate_residual(qx, sx, qw, sw, aux, h, up, bias, gate, residual, spec)
     return _Linear(qx, sx, qw, sw, aux, h, up, bias, spec=spec).gate_residual(gate, residual)
 
 
+def linear_qkv_rope(qx, sx, qw, sw, aux, h, up, bias, q_norm, k_norm, rotary, spec):
+    """The product natively, in fp32; what follows is the reference's."""
+    call = _Linear(qx, sx, qw, sw, aux, h, up, bias, spec=spec)
+    y = up.new_empty(call.m, call.n, dtype=torch.float32)
+    call.arguments(y).run()
+    return QKV_ROPE.apply(y, up.dtype, q_norm, k_norm, rotary, spec)
+
+
 def _register(op: Op, run: Callable, refuses: Callable[..., str | None]) -> None:
     op.backend("cpu", refuses)(run)
 
@@ -178,6 +188,6 @@ def _register(op: Op, run: Callable, refuses: Callable[..., str | None]) -> None
 _register(ops.quantize_act, quantize_act, _refuses_quantize)
 _register(ops.norm_modulate_quantize, norm_modulate_quantize, _refuses_quantize)
 for _suffix, _run in (("", linear), ("_gelu_quantize", linear_gelu_quantize), ("_glu_quantize", linear_glu_quantize),
-                      ("_gate_residual", linear_gate_residual)):
+                      ("_qkv_rope", linear_qkv_rope), ("_gate_residual", linear_gate_residual)):
     for _family in ("linear_w4a4", "linear_w4a8", "linear_w4a16"):
         _register(ops.OPS[_family + _suffix], _run, _refuses_linear)

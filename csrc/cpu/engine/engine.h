@@ -11,7 +11,7 @@ inline void linear(const LinearArguments& a) {
   if (a.act == Format::int8) return Linear<W4A8>(a).run();
   if (a.act != Format::none) return Linear<W4A4>(a).run();
   if (a.m <= gemv_tokens && a.weight != Format::int8) return gemv(a);
-  if (a.out == Type::bf16) return Linear<W4A16<DotBf16>>(a).run();
+  if (a.x == Type::bf16) return Linear<W4A16<DotBf16>>(a).run();
   Linear<W4A16<DotFloat>>(a).run();
 }
 

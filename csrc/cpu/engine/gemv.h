@@ -107,7 +107,7 @@ class Gemv {
     if (a.m == 0 || a.n == 0) return;
     auto* x = static_cast<std::int32_t*>(scratch.get(static_cast<std::size_t>(4 * words * tokens)));
     for (std::int64_t m = 0; m < tokens; m++)  // those beyond the last repeat it
-      Way::stage(x + m * words, at(a.qx, a.out, smaller(m, a.m - 1) * a.k), a.out, a.k, padded);
+      Way::stage(x + m * words, at(a.qx, a.x, smaller(m, a.m - 1) * a.k), a.x, a.k, padded);
     const std::int64_t panels = panel_count(a, rows);
     const std::int64_t together = panels / (16 * a.threads) + 1;  // neighbours, so that memory is read in order
     parallel(a.threads, (panels + together - 1) / together, [&](std::int64_t item) {
@@ -168,7 +168,7 @@ class Gemv {
     const std::int64_t group = w.group, groups = w.groups, stride = words;
     const std::int64_t zeros = w.format == Format::uint4 ? round_up(groups, W) : 0;
     const float channel = w.channel(n);
-    const Type type = a.out;
+    const Type type = a.x;
     const std::uint8_t* codes = w.row(n);
     std::int64_t left = w.k;
     for (std::int64_t g = 0; g < groups; g++) {
@@ -202,7 +202,7 @@ class Gemv {
 inline void gemv(const LinearArguments& a) {
   if (a.group % (2 * W)) return Gemv<SingleFloats>(a).run();
 #if defined(NUNCHAKU_PY_AVX512_BF16)
-  if (a.out == Type::bf16) return Gemv<PairsOfHalves>(a).run();
+  if (a.x == Type::bf16) return Gemv<PairsOfHalves>(a).run();
 #endif
   Gemv<PairsOfFloats>(a).run();
 }

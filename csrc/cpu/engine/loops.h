@@ -179,9 +179,9 @@ struct W4A16 {
   void stage_scales(float*, std::int64_t, std::int64_t) const {}
 
   void stage(std::int32_t* out, float*, std::int64_t m) const {
-    const void* row = at(a.qx, a.out, m * a.k);
+    const void* row = at(a.qx, a.x, m * a.k);
     if constexpr (Dot::per_word == 1) {
-      to_floats(reinterpret_cast<float*>(out), row, a.out, a.k, padded);
+      to_floats(reinterpret_cast<float*>(out), row, a.x, a.k, padded);
     } else {
       std::memcpy(out, row, static_cast<std::size_t>(2 * a.k));
       std::memset(reinterpret_cast<std::uint16_t*>(out) + a.k, 0, static_cast<std::size_t>(2 * (padded - a.k)));
@@ -193,7 +193,7 @@ struct W4A16 {
     constexpr Type kind = Dot::per_word == 1 ? Type::f32 : Type::bf16;
     const std::int64_t group = w.group;
     for (std::int64_t g = 0; a.weight != Format::int8 && g < w.groups; g++) {
-      const Simd::Table table = w.table(n, g).rounded_to(a.out).held();
+      const Simd::Table table = w.table(n, g).rounded_to(a.x).held();
       const std::int64_t end = smaller((g + 1) * group, a.k);
       std::int64_t k = g * group;
       for (; k + W <= end; k += W) store_as(at(row, kind, k), kind, Simd::lookup(table, Simd::load_nibbles(w.row(n) + k / 2)));
@@ -213,7 +213,7 @@ struct W4A16 {
     for (std::int64_t k = 0; k < a.k; k += W) {
       std::int8_t some[W] = {};
       std::memcpy(some, bytes + k, static_cast<std::size_t>(smaller(W, a.k - k)));
-      store_as(at(row, kind, k), kind, round_to(a.out, Simd::mul(Simd::to_float(Simd::load_int8(some)), scale)));
+      store_as(at(row, kind, k), kind, round_to(a.x, Simd::mul(Simd::to_float(Simd::load_int8(some)), scale)));
     }
   }
 
