@@ -98,8 +98,9 @@ def line_of(row: Row) -> str:
     if not isinstance(row.median_ms, float):
         rate = f"{row.gbps:.1f} GB/s" if isinstance(row.gbps, float) else f"{row.tops:.2f} TOP/s" if row.tops else ""
         return f"  {row.op:13} {row.contender:44} {rate or row.note}"
-    tops = f"{row.tops:6.3f} TOP/s" if isinstance(row.tops, float) else ""
+    rate = f"{row.tops:6.3f} TOP/s" if isinstance(row.tops, float) else ""
+    rate = f"{row.gbps:6.2f} GB/s" if row.op == "weight_only" and isinstance(row.gbps, float) else rate
     speedup = f"{row.speedup:6.2f}x ({row.speedup_low:.2f}-{row.speedup_high:.2f})" if row.speedup else ""
     error = f"error {100 * row.error:.2f} %" if isinstance(row.error, float) else ""
     peak = f"peak {row.peak_bytes / 2**20:.0f} MiB" if isinstance(row.peak_bytes, int) else ""
-    return f"  {row.op:13} {row.contender:44} {row.median_ms:9.2f} ms {tops:12} {speedup:19} {error} {peak} {row.note}"
+    return f"  {row.op:13} {row.contender:44} {row.median_ms:9.2f} ms {rate:12} {speedup:19} {error} {peak} {row.note}"
