@@ -12,7 +12,7 @@ import torch
 
 from .errors import NunchakuError
 from .formats import Format, format_of, group_count
-from .ops.spec import ActSpec, LinearSpec
+from .ops import ActSpec, LinearSpec, linear_w4a16
 from .tensor import QTensor
 
 Kind = Literal["w4a4", "w4a16"]
@@ -145,4 +145,10 @@ def _native_nvfp4(capability: tuple[int, int]) -> bool:
 
 def shift_correction(weight: QTensor, smooth: torch.Tensor, shift: float) -> torch.Tensor:
     """S·Σ_k deq(R)[n,k]/smooth[k], (N) fp32: what a shifted site's bias lacks; modes that do not shift add it back."""
-    return shift * (weight.dequantize() @ (1.0 / smooth.float()))
+    fmt, n = weight.format, weight.shape[0]
+    inverse = (1.0 / smooth.float()).unsqueeze(0)
+    spec = LinearSpec(fmt.name, fmt.group, weight.k, ActSpec("none", fmt.group))
+    aux = next((t for t in (weight.zeros, weight.channel_scale) if t is not None), inverse.new_empty(0))
+    sums = linear_w4a16(inverse, inverse.new_empty(0), weight.codes, weight.scales, aux, inverse.new_empty(1, 0),
+                        inverse.new_empty(n, 0), inverse.new_zeros(n), spec)
+    return shift * sums[0]

@@ -141,6 +141,7 @@ class Quantize {
       const float scale = store_scale(m, g, smooth(x, begin, end) / top_of(a.format));
       encode(codes + begin, x + begin, end - begin, scale);
     }
+    if (a.format == Format::nvfp4) e2m1_codes(codes, x, padded);
     if (a.format == Format::int8)
       std::memcpy(static_cast<std::int8_t*>(a.qx) + m * a.k, codes, static_cast<std::size_t>(a.k));
     else
@@ -190,6 +191,7 @@ class Quantize {
   void encode(std::int8_t* codes, float* x, std::int64_t count, float scale) const {
     if (!(scale > 0)) {  // zero, or NaN
       std::memset(codes, 0, static_cast<std::size_t>(count));
+      std::memset(x, 0, static_cast<std::size_t>(4 * count));
       return;
     }
     const float most = top_of(a.format);
@@ -201,7 +203,6 @@ class Quantize {
       else
         Simd::store_int8(codes + k, Simd::to_int(v));
     }
-    if (a.format == Format::nvfp4) e2m1_codes(codes, x, count);
   }
 
   void pack_nibbles(std::uint8_t* out, const std::int8_t* codes) const {
