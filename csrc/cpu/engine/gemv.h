@@ -65,7 +65,7 @@ struct PairsOfHalves {
 
   static Table table(const Sixteen& values, Type) { return Simd::half_table(values.part[0]); }
   static void stage(std::int32_t* out, const void* row, Type, std::int64_t k, std::int64_t padded) {
-    std::memcpy(out, row, static_cast<std::size_t>(2 * k));
+    copy(out, row, 2 * k);
     std::memset(reinterpret_cast<std::uint16_t*>(out) + k, 0, static_cast<std::size_t>(2 * (padded - k)));
   }
   using Weights = I;
@@ -77,9 +77,10 @@ struct PairsOfHalves {
 // One sum per token. Not an array: the compiler would keep it in memory, and wait for it at every step.
 template <class Way, int tokens>
 struct Sums {
-  F sum = Simd::zero();
+  F sum;
   Sums<Way, tokens - 1> others;
 
+  Sums() : sum(Simd::zero()) {}  // said, because GCC makes implicit ones without this file's instruction set
   void add(const typename Way::Weights& w, const std::int32_t* x, std::int64_t stride) {
     sum = Way::dot(sum, w, x);
     others.add(w, x + stride, stride);

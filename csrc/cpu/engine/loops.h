@@ -60,7 +60,7 @@ struct W4A8 {
     auto* row = reinterpret_cast<std::int8_t*>(to.weights + i * stride);
     std::int8_t* bytes = Dot::per_word == 4 ? row : to.bytes;
     if (a.weight == Format::int8) {
-      std::memcpy(bytes, a.qw + n * a.k, static_cast<std::size_t>(a.k));
+      copy(bytes, a.qw + n * a.k, a.k);
       std::memset(bytes + a.k, 0, static_cast<std::size_t>(padded - a.k));
       to.scales[i] = static_cast<const float*>(a.sw)[n];
     } else {
@@ -183,7 +183,7 @@ struct W4A16 {
     if constexpr (Dot::per_word == 1) {
       to_floats(reinterpret_cast<float*>(out), row, a.x, a.k, padded);
     } else {
-      std::memcpy(out, row, static_cast<std::size_t>(2 * a.k));
+      copy(out, row, 2 * a.k);
       std::memset(reinterpret_cast<std::uint16_t*>(out) + a.k, 0, static_cast<std::size_t>(2 * (padded - a.k)));
     }
   }

@@ -31,11 +31,16 @@ inline F round_to(Type type, F a) {
   return type == Type::bf16 ? Simd::round_bf16(a) : type == Type::f16 ? Simd::round_f16(a) : a;
 }
 
+// What is empty may be nowhere, and std::memcpy must not be given that.
+inline void copy(void* out, const void* from, std::int64_t bytes) {
+  if (bytes) std::memcpy(out, from, static_cast<std::size_t>(bytes));
+}
+
 // count (up to W) numbers, zeros beside them: nothing past the end is touched.
 inline F load_some(const void* p, Type type, std::int64_t count) {
   if (count >= W) return load_as(p, type);
   float padded[W] = {};
-  std::memcpy(padded, p, static_cast<std::size_t>(count * size_of(type)));
+  copy(padded, p, count * size_of(type));
   return load_as(padded, type);
 }
 

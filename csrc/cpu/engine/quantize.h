@@ -50,7 +50,7 @@ class Quantize {
   // A row as the words of the branch's product: of `data`'s own type where two bf16 are multiplied at once, else fp32.
   void stage(std::int32_t* out, const void* data, Type type, std::int64_t place) const {
     if (!half) return to_floats(reinterpret_cast<float*>(out), at(data, type, place), type, a.k, padded);
-    std::memcpy(out, at(data, type, place), static_cast<std::size_t>(2 * a.k));
+    copy(out, at(data, type, place), 2 * a.k);
     std::memset(reinterpret_cast<std::uint16_t*>(out) + a.k, 0, static_cast<std::size_t>(2 * (padded - a.k)));
   }
 
@@ -143,7 +143,7 @@ class Quantize {
     }
     if (a.format == Format::nvfp4) e2m1_codes(codes, x, padded);
     if (a.format == Format::int8)
-      std::memcpy(static_cast<std::int8_t*>(a.qx) + m * a.k, codes, static_cast<std::size_t>(a.k));
+      copy(static_cast<std::int8_t*>(a.qx) + m * a.k, codes, a.k);
     else
       pack_nibbles(static_cast<std::uint8_t*>(a.qx) + m * ((a.k + 1) / 2), codes);
   }
