@@ -1,5 +1,7 @@
 # make test   lint and tests          make demo   the shipped demonstration
 # make lint   ruff alone              make clean  everything made here, .venv included
+# make sanitize  the CPU engines under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer:
+#                random calls for FUZZ_SECONDS each per instruction set. Needs a C++ compiler only.
 #
 # Each sets up what it needs: a virtual environment in .venv with the tested versions (constraints.txt) and this
 # package, editable. It is used again until constraints.txt, pyproject.toml, setup.py or csrc/ change.
@@ -14,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c $(CONSTRA
 NATIVE := setup.py $(shell find csrc -type f)
 PYTEST_ARGS ?=
 
-.PHONY: test demo lint clean
+.PHONY: test demo lint sanitize clean
 .DELETE_ON_ERROR:
 
 test: lint
@@ -41,6 +43,33 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE)
 	@$(PIP) --no-build-isolation -e '.[pipelines,test]'
 	@$(BIN)/python -m nunchaku_py.native
 	@touch $@
+
+SANITIZE_memory := address,undefined
+SANITIZE_threads := thread
+SANITIZE_FLAGS := -std=c++20 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -ffp-contract=off \
+	-fno-strict-aliasing -Icsrc
+CPU_OBJECTS := $(notdir $(patsubst %.cpp,%.o,$(wildcard csrc/cpu/*.cpp))) fuzz_cpu.o
+CPU_HEADERS := $(shell find csrc/cpu tests/native -name '*.h')
+FUZZ_SECONDS ?= 6
+
+sanitize: build/sanitize/memory/fuzz_cpu build/sanitize/threads/fuzz_cpu
+	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/memory/fuzz_cpu $(FUZZ_SECONDS)
+	build/sanitize/threads/fuzz_cpu $(FUZZ_SECONDS)
+
+# $(1): memory or threads
+define sanitized
+build/sanitize/$(1)/%.o: csrc/cpu/%.cpp $(CPU_HEADERS)
+	@mkdir -p $$(@D)
+	$$(CXX) $(SANITIZE_FLAGS) -fsanitize=$(SANITIZE_$(1)) -c $$< -o $$@
+
+build/sanitize/$(1)/fuzz_cpu.o: tests/native/fuzz_cpu.cpp $(CPU_HEADERS)
+	@mkdir -p $$(@D)
+	$$(CXX) $(SANITIZE_FLAGS) -fsanitize=$(SANITIZE_$(1)) -c $$< -o $$@
+
+build/sanitize/$(1)/fuzz_cpu: $(addprefix build/sanitize/$(1)/,$(CPU_OBJECTS))
+	$$(CXX) -fsanitize=$(SANITIZE_$(1)) $$^ -o $$@ -ldl -pthread
+endef
+$(foreach kind,memory threads,$(eval $(call sanitized,$(kind))))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache nunchaku_py/_native*.so
