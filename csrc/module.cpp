@@ -96,6 +96,15 @@ py::list cpu_isas() {
   return result;
 }
 
+py::dict cpu_peak() {
+  const Peak peak = current_isa().engine->peak();
+  py::dict result;
+  if (peak.int8 > 0) result["int8"] = peak.int8;
+  if (peak.bf16 > 0) result["bf16"] = peak.bf16;
+  result["fp32"] = peak.fp32;
+  return result;
+}
+
 void bind_cpu(py::module_& m) {
   py::class_<QuantizeArguments>(m, "QuantizeArguments")
       .def(py::init(&quantize_arguments))
@@ -112,6 +121,7 @@ void bind_cpu(py::module_& m) {
   m.def("cpu_features", &cpu_features, "instruction set -> 'yes', 'no', or what stands in its way; empty off x86");
   m.def("cpu_isas", &cpu_isas, "(name, why this process cannot use it or '') of every compiled instruction set");
   m.def("cpu_isa", [] { return current_isa().name; }, "the one in use");
+  m.def("cpu_peak", &cpu_peak, "what is multiplied -> GOP/s of one thread, all operands in registers");
   m.def("cpu_threading", &threading);
 }
 

@@ -7,11 +7,17 @@
 
 namespace nunchaku_py::cpu {
 
+// GOP/s of one thread from registers (0: no such instruction), a multiplication and an addition counting as two, by what is multiplied.
+struct Peak {
+  double int8, bf16, fp32;
+};
+
 // The ops, compiled for one instruction set.
 struct Engine {
   void (*quantize_act)(const QuantizeArguments&);
   void (*linear)(const LinearArguments&);
   void (*row_scales)(const LinearArguments&);  // to y (n) fp32: the INT8 scale that each row of weights folds to
+  Peak (*peak)();
 };
 
 struct Isa {

@@ -1,6 +1,7 @@
 // Everything that the ops include from outside: see isa_avx512.cpp.
 #pragma once
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,6 +1,7 @@
 // The ops of one instruction set, by which the rest of the program calls them.
 #pragma once
 #include "gemv.h"
+#include "peak.h"
 #include "quantize.h"
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
@@ -13,6 +14,12 @@ inline void linear(const LinearArguments& a) {
   if (a.m <= gemv_tokens && a.weight != Format::int8) return gemv(a);
   if (a.x == Type::bf16) return Linear<W4A16<DotBf16>>(a).run();
   Linear<W4A16<DotFloat>>(a).run();
+}
+
+// Zero where the instruction set has no instruction for it.
+inline Peak peak() {
+  const bool int8 = DotInt8::per_word == 4, bf16 = DotBf16::per_word == 2;
+  return {int8 ? peak_of<DotInt8>() : 0, bf16 ? peak_of<DotBf16>() : 0, peak_of<DotFloat>()};
 }
 
 inline void row_scales(const LinearArguments& a) {

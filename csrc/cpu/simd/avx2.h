@@ -41,6 +41,12 @@ struct Simd {
 
   static F as_float(I a) { return _mm256_castsi256_ps(a); }
 
+  static void hide([[maybe_unused]] I& a) {  // from the optimizer, which would take products out of loops
+#if defined(__GNUC__)
+    asm volatile("" : "+x"(a));
+#endif
+  }
+
   static I zero_int() { return _mm256_setzero_si256(); }
   static I load_int(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_int(std::int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }

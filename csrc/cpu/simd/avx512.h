@@ -33,6 +33,12 @@ struct Simd {
 
   static F as_float(I a) { return _mm512_castsi512_ps(a); }
 
+  static void hide([[maybe_unused]] I& a) {  // from the optimizer, which would take products out of loops
+#if defined(__GNUC__)
+    asm volatile("" : "+v"(a));
+#endif
+  }
+
   static I zero_int() { return _mm512_setzero_si512(); }
   static I load_int(const std::int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_int(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }

@@ -61,6 +61,8 @@ struct Simd {
 
   static F as_float(I a) { return std::bit_cast<F>(a); }
 
+  static void hide(I&) {}
+
   static I zero_int() { return each_int([](int) { return 0; }); }
   static I load_int(const std::int32_t* p) { return each_int([=](int i) { return p[i]; }); }
   static void store_int(std::int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
