@@ -57,6 +57,11 @@ def _plain(spec: _Token) -> dict[str, Any]:
     return {name: _plain(value) if isinstance(value, _Token) else value for name, value in kept.items()}
 
 
+def _expect_whole_rows(where: str, format: str, group: int) -> None:
+    if format == "int8" and group:
+        raise NunchakuError(f"{where}.group: int8 has one scale for the whole row (0), got groups of {group}")
+
+
 @dataclass(frozen=True)
 class ActSpec(_Token):
     """How an activation is quantized: x̂ = (norm(x) + shift)/smooth, then `format`; "none" keeps x̂ in 16 bit."""
@@ -68,6 +73,10 @@ class ActSpec(_Token):
     eps: float = 1e-6
     layout: str = "row"
     token: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect_whole_rows("ActSpec", self.format, self.group)
 
     @property
     def fmt(self) -> Format | None:
@@ -100,6 +109,10 @@ class LinearSpec(_Token):
     head_dim: int = 0
     eps: float = 1e-6
     token: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect_whole_rows("LinearSpec", self.weight, self.group)
 
     @property
     def fmt(self) -> Format:

@@ -192,3 +192,11 @@ def gate_args(case: Case) -> tuple[Tensor, Tensor]:
     gate = make.laid_out(make.normal(samples, case.n).to(make.one_of(*DTYPES)))
     return gate, make.spiced(make.normal(case.m, case.n), case.dtype)
 
+
+
+def rope_args(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """q_norm, k_norm, rotary for heads of 4."""
+    make = Maker(replace(case, seed=case.seed + 1))
+    angle = make.normal(max(case.m, 1), 2)
+    norms = (make.positive(4).to(make.one_of(*DTYPES)) for _ in range(2))
+    return *norms, torch.stack((angle.cos(), angle.sin()), -1)

@@ -18,6 +18,7 @@ from nunchaku_py import native
 from nunchaku_py.backends import cpu
 from nunchaku_py.formats import format_of
 from nunchaku_py.ops import OPS, ActSpec, LinearSpec, backend
+from nunchaku_py.ops.epilogue import EPILOGUES
 from nunchaku_py.tensor import QTensor
 from tests.backends import cpu_bounds as bounds
 from tests.backends.cpu_cases import (
@@ -29,6 +30,7 @@ from tests.backends.cpu_cases import (
     next_args,
     norm_args,
     quantize_args,
+    rope_args,
 )
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="no native module")
@@ -36,6 +38,7 @@ SWITCH = "NUNCHAKU_PY_CPU_ISA"
 EXAMPLES = os.environ.get("NUNCHAKU_PY_FUZZ")
 FUZZ = settings(max_examples=int(EXAMPLES or 25), derandomize=not EXAMPLES, deadline=None, database=None,
                 suppress_health_check=list(HealthCheck))
+QKV_ROPE = next(epilogue for epilogue in EPILOGUES if epilogue.suffix == "_qkv_rope")
 FAMILIES = ("linear_w4a8", "linear_w4a4", "linear_w4a16")
 PLAIN = Case(5, 33, 18, 3, torch.bfloat16, "int8", "int4", 16, 0)
 
@@ -162,6 +165,23 @@ def test_arithmetic_of_gate_residual(family: str) -> None:
         gate, residual = gate_args(case)
         got = on_cpu(family + "_gate_residual", *args, gate, residual, spec)
         bounds.assert_rounded_once(got, bounds.gate_residual(bounds.linear(*args, spec), gate, residual))
+
+    fuzz(cases(family), check)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arithmetic_of_qkv_rope(family: str) -> None:
+    """v is rounded once; all of it is the reference's ending of y in fp32: the plain op's, where that stores fp32."""
+    def check(case: Case) -> None:
+        case = replace(case, n=12 * (case.n // 12 + 1))
+        *args, spec = linear_args(case)
+        extra, spec = rope_args(case), replace(spec, head_dim=4)
+        got = on_cpu(family + "_qkv_rope", *args, *extra, spec)
+        bounds.assert_rounded_once(got[2], bounds.linear(*args, spec).columns(slice(case.n // 3 * 2, None)))
+        if case.dtype == torch.float32:
+            wanted = QKV_ROPE.apply(on_cpu(family, *args, spec), case.dtype, *extra, spec)
+            for mine, want in zip(got, wanted, strict=True):
+                bounds.assert_same(mine, want)
 
     fuzz(cases(family), check)
 

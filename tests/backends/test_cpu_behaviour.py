@@ -253,7 +253,7 @@ def test_activated_values_some_tokens_at_a_time(name: str, depth: int, monkeypat
     assert same(on_cpu(name, *args), wanted)
 
 
-@pytest.mark.parametrize("shape", [(0, 64, 36, 3), (70, 0, 12, 2), (3, 0, 12, 0), (1, 1, 12, 0), (5, 1, 2, 1)])
+@pytest.mark.parametrize("shape", [(0, 64, 36, 3), (70, 0, 12, 2), (3, 0, 12, 0), (1, 1, 12, 0), (6, 1, 12, 1)])
 @pytest.mark.parametrize("name", SERVED)
 def test_empty_and_tiny_shapes(name: str, shape: tuple[int, ...]) -> None:
     args = op_args(name, shape)
@@ -264,7 +264,7 @@ def test_empty_and_tiny_shapes(name: str, shape: tuple[int, ...]) -> None:
             assert torch.allclose(mine.double(), theirs.double(), rtol=2**-6, atol=step)
 
 
-FREE = ("x", "down", "next_down", "gate")  # these decide rows, rank and samples
+FREE = ("x", "down", "next_down", "gate", "rotary")  # these decide rows, rank, samples, tokens
 
 
 def mutations(t: torch.Tensor, free: bool):

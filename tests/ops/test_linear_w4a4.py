@@ -110,7 +110,7 @@ def test_errors(call, sentence):
 
 @pytest.mark.parametrize("changed, sentence", [
     ({"act": ACTS["int8"]}, "linear_w4a4: spec.act.format is 'int8', expected int4 or uint4 or nvfp4"),
-    ({"weight": "int8"}, "linear_w4a4: spec.weight is 'int8', expected int4 or uint4 or nvfp4"),
+    ({"weight": "int8", "group": 0}, "linear_w4a4: spec.weight is 'int8', expected int4 or uint4 or nvfp4"),
 ])
 def test_wrong_specs(changed, sentence):
     *args, spec = linear_args("linear_w4a4", SHAPES[0])

@@ -40,3 +40,9 @@ def test_formats_and_layouts():
 def test_unknown_words_are_refused(make, sentence):
     with pytest.raises(NunchakuError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("make", [lambda: ActSpec("int8", 64), lambda: LinearSpec("int8", 64, 1, SPECS[0])])
+def test_int8_has_one_scale_for_a_row(make):
+    with pytest.raises(NunchakuError, match=r"Spec.group: int8 has one scale for the whole row .* got groups of 64"):
+        make()
