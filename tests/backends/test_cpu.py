@@ -40,6 +40,7 @@ FUZZ = settings(max_examples=int(EXAMPLES or 25), derandomize=not EXAMPLES, dead
                 suppress_health_check=list(HealthCheck))
 QKV_ROPE = next(epilogue for epilogue in EPILOGUES if epilogue.suffix == "_qkv_rope")
 FAMILIES = ("linear_w4a8", "linear_w4a4", "linear_w4a16")
+OVERFLOWING = frozenset({"nan", "zeros", "huge"})
 PLAIN = Case(5, 33, 18, 3, torch.bfloat16, "int8", "int4", 16, 0)
 
 
@@ -98,6 +99,7 @@ def test_arithmetic_of_linear_w4a4(case: Case) -> None:
 @FUZZ
 @given(cases("linear_w4a16"))
 @example(replace(PLAIN, m=0, k=400, act="none"))
+@example(replace(PLAIN, m=1, k=1, n=2, dtype=torch.float16, act="none", weight="nvfp4", seed=105, spices=OVERFLOWING))
 def test_arithmetic_of_linear_w4a16(case: Case) -> None:
     check_linear("linear_w4a16", case)
 
