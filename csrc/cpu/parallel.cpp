@@ -4,6 +4,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -51,7 +52,10 @@ GompParallel gomp_parallel() {
 
 void spawn(Queue& queue, int threads) {
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; i++) others.emplace_back([&queue] { queue.work(); });
+  try {
+    for (int i = 1; i < threads; i++) others.emplace_back([&queue] { queue.work(); });
+  } catch (const std::system_error&) {  // no more threads to be had: those that are there do the work
+  }
   queue.work();
   for (auto& other : others) other.join();
 }

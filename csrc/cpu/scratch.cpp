@@ -10,10 +10,12 @@ namespace nunchaku_py::cpu {
 namespace {
 constexpr std::size_t slack = 256;
 constexpr std::size_t huge_page = 2 << 20;
-constexpr std::align_val_t aligned{huge_page};  // Fewer pages to look up, and to be handed over at the first touch
+
+// Large blocks are aligned to large pages: fewer to look up, and to be handed over at the first touch.
+std::align_val_t alignment(std::size_t bytes) { return std::align_val_t{bytes < huge_page ? 64 : huge_page}; }
 
 void* allocate(std::size_t bytes) {
-  void* data = ::operator new(bytes, aligned);
+  void* data = ::operator new(bytes, alignment(bytes));
 #if defined(__linux__)
   if (bytes >= huge_page) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
@@ -21,11 +23,11 @@ void* allocate(std::size_t bytes) {
 }
 }  // namespace
 
-Scratch::~Scratch() { ::operator delete(data_, aligned); }
+Scratch::~Scratch() { ::operator delete(data_, alignment(size_)); }
 
 void* Scratch::get(std::size_t bytes) {
   if (bytes + slack > size_) {
-    ::operator delete(data_, aligned);
+    ::operator delete(data_, alignment(size_));
     data_ = nullptr;
     size_ = 0;
     data_ = allocate(bytes + slack);

@@ -24,6 +24,7 @@ from .registry import Op
 from .spec import LinearSpec
 
 LINEAR = ("qx", "sx", "qw", "sw", "aux", "h", "up", "bias")
+LONGEST_INT8 = (2**31 - 1) // 127**2
 DECODED = 2**24  # weights decoded at a time
 Accumulate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LinearSpec], Tensor]
 
@@ -50,6 +51,8 @@ def _compose(accumulate: Accumulate, epilogue: Epilogue, acts: tuple[str, ...], 
         act, weight = spec.act.format, spec.weight
         expect_that(act in acts, f"{name}: spec.act.format is {act!r}, expected {' or '.join(acts)}")
         expect_that(weight in weights, f"{name}: spec.weight is {weight!r}, expected {' or '.join(weights)}")
+        expect_that(act != "int8" or spec.k <= LONGEST_INT8,
+                    f"{name}: expected at most {LONGEST_INT8} inputs, whose INT8 products 32 bits hold, got {spec.k}")
         expect_that(not spec.row_scales or (act == "int8" and weight in ("int4", "nvfp4")),
                     f"{name}: spec.row_scales goes with int4 or nvfp4 weights and int8 activations")
         expect_matrix("qx", "of rows", qx)

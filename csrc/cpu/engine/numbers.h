@@ -68,7 +68,7 @@ inline void to_floats(float* out, const void* data, Type type, std::int64_t coun
 
 // 2^x by parts: a whole power, and a polynomial of the rest in [−½, ½]; relative error below 2^-22.
 inline F exp(F x) {
-  x = Simd::min(Simd::max(x, Simd::set1(-87.0f)), Simd::set1(88.0f));
+  x = Simd::min(Simd::max(x, Simd::set1(-87.0f)), Simd::set1(89.0f));  // from 88.4 on the power is infinite
   const F whole = Simd::round(Simd::mul(x, Simd::set1(1.44269504088896f)));
   F rest = Simd::fma(whole, Simd::set1(-0.693145751953125f), x);  // ln 2 in two parts
   rest = Simd::fma(whole, Simd::set1(-1.42860677e-6f), rest);

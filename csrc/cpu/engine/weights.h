@@ -138,19 +138,22 @@ inline float row_top(const Codes& w, std::int64_t n) {
 // One scale per row for INT8: max|w|/127, as formats.fold_int8.
 inline float row_scale(const Codes& w, std::int64_t n) { return row_top(w, n) / 127; }
 
-// The INT8 value of each code: round(w/s), sixteen for every group of row n. scales: room for those of the row. A subnormal s may be so far below max|w|/127
-// that values have to be clamped.
+// The INT8 value of each code: round(w/s), sixteen for every group of row n. A subnormal s may be so far below max|w|/127
+// that values have to be clamped. scales: room for those of the row.
 inline void fold_tables(const Codes& w, std::int64_t n, float s, float* scales, std::int8_t* tables) {
   const bool usable = s > 0;  // else zero, or NaN
   const F divisor = Simd::set1(usable ? s : 1.0f), low = Simd::set1(-127), high = Simd::set1(127);
-  for (std::int64_t g = 0; g < w.groups; g++) {
-    const Sixteen values = w.table(n, g);
+  const std::int64_t groups = w.groups, zeros = w.format == Format::uint4 ? round_up(groups, W) : 0;
+  const float channel = w.channel(n);
+  w.row_scales(n, scales);
+  for (std::int64_t g = 0; g < groups; g++) {
+    const Sixteen values = w.table(scales[g], scales[zeros + g], channel);
     for (int i = 0; i < 16 / W; i++) {
       const F v = Simd::min(Simd::max(Simd::div(values.part[i], divisor), low), high);
       Simd::store_int8(tables + 16 * g + i * W, Simd::to_int(v));
     }
   }
-  if (!usable) std::memset(tables, 0, static_cast<std::size_t>(16 * w.groups));
+  if (!usable) std::memset(tables, 0, static_cast<std::size_t>(16 * groups));
 }
 
 // The tables of the block that begins at code k, where groups are shorter than a block.

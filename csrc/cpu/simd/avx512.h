@@ -134,7 +134,7 @@ struct Simd {
   // Sixteen bf16 twice, for the words of 32 codes in 16 bytes.
   using HalfTable = __m512i;
   static HalfTable half_table(F sixteen) {
-    return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sixteen)));
+    return _mm512_broadcast_i64x4(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(sixteen)));
   }
   static I lookup_half(HalfTable table, const std::uint8_t* nibbles) {
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
@@ -143,11 +143,11 @@ struct Simd {
     return _mm512_permutexvar_epi16(_mm512_madd_epi16(bytes, _mm512_set1_epi32(4097)), table);
   }
   static F dot_words(F acc, I a, I b) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
   }
   // Two products are added at once and subnormal numbers count as zero.
   static F dot_bf16(F acc, I b, std::int32_t a) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(_mm512_set1_epi32(a)));
+    return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(b), std::bit_cast<__m512bh>(_mm512_set1_epi32(a)));
   }
 #endif
 };

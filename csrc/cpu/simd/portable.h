@@ -52,7 +52,7 @@ struct Simd {
     for (int i = 0; i < W; i++) r += a.v[i];
     return r;
   }
-  // 2^a for whole a in [−126, 127].
+  // 2^a for whole a in [−126, 127], and ∞ for 128.
   static F power_of_two(F a) {
     return each([&](int i) { return std::bit_cast<float>((static_cast<std::int32_t>(a.v[i]) + 127) << 23); });
   }
