@@ -27,10 +27,14 @@ namespace {
 const char* words(nunchaku_py::cpu::State state) {
   using nunchaku_py::cpu::State;
   switch (state) {
-    case State::usable: return "yes";
-    case State::not_in_cpu: return "no";
-    case State::not_enabled: return "in the CPU, not enabled by the operating system";
-    case State::not_permitted: return "in the CPU, not permitted by the operating system";
+    case State::usable:
+      return "yes";
+    case State::not_in_cpu:
+      return "no";
+    case State::not_enabled:
+      return "in the CPU, not enabled by the operating system";
+    case State::not_permitted:
+      return "in the CPU, not permitted by the operating system";
   }
   return "unknown";
 }
@@ -50,7 +54,9 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-Array array(const Operand& operand) { return {pointer<const void>(operand.first), static_cast<Type>(operand.second)}; }
+Array array(const Operand& operand) {
+  return {pointer<const void>(operand.first), static_cast<Type>(operand.second)};
+}
 
 QuantizeArguments quantize_arguments(Operand x, std::int64_t m, std::int64_t k, Address inv_smooth, Address down,
                                      std::int64_t r, int format, std::int64_t group, float shift, Address qx,
@@ -70,11 +76,12 @@ void set_norm(QuantizeArguments& a, int norm, float eps, Operand weight, Operand
 }
 
 LinearArguments linear_arguments(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t r, Operand qx, Operand sx,
-                                 int act, Address qw, Operand sw, int weight, std::int64_t group, Operand aux, Address h,
-                                 Operand up, Operand bias, Operand y, Address row_scales, int threads) {
+                                 int act, Address qw, Operand sw, int weight, std::int64_t group, Operand aux,
+                                 Address h, Operand up, Operand bias, Operand y, Address row_scales, int threads) {
   LinearArguments a;
   a.m = m, a.n = n, a.k = k, a.r = r, a.threads = threads;
-  a.qx = pointer<const void>(qx.first), a.x = static_cast<Type>(qx.second), a.sx = pointer<const void>(sx.first), a.act_scales = static_cast<Type>(sx.second);
+  a.qx = pointer<const void>(qx.first), a.x = static_cast<Type>(qx.second), a.sx = pointer<const void>(sx.first),
+  a.act_scales = static_cast<Type>(sx.second);
   a.act = static_cast<Format>(act), a.weight = static_cast<Format>(weight), a.group = group;
   a.qw = pointer<const std::uint8_t>(qw), a.sw = pointer<const void>(sw.first);
   a.weight_scales = static_cast<Type>(sw.second), a.aux = array(aux);
@@ -109,18 +116,22 @@ void bind_cpu(py::module_& m) {
   py::class_<QuantizeArguments>(m, "QuantizeArguments")
       .def(py::init(&quantize_arguments))
       .def("set_norm", &set_norm)
-      .def("run", [](const QuantizeArguments& a) { current_isa().engine->quantize_act(a); },
-           py::call_guard<py::gil_scoped_release>());
+      .def(
+          "run", [](const QuantizeArguments& a) { current_isa().engine->quantize_act(a); },
+          py::call_guard<py::gil_scoped_release>());
   py::class_<LinearArguments>(m, "LinearArguments")
       .def(py::init(&linear_arguments))
       .def("set_ending", &set_ending)
-      .def("run", [](const LinearArguments& a) { current_isa().engine->linear(a); },
-           py::call_guard<py::gil_scoped_release>())
-      .def("run_row_scales", [](const LinearArguments& a) { current_isa().engine->row_scales(a); },
-           py::call_guard<py::gil_scoped_release>());
+      .def(
+          "run", [](const LinearArguments& a) { current_isa().engine->linear(a); },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "run_row_scales", [](const LinearArguments& a) { current_isa().engine->row_scales(a); },
+          py::call_guard<py::gil_scoped_release>());
   m.def("cpu_features", &cpu_features, "instruction set -> 'yes', 'no', or what stands in its way; empty off x86");
   m.def("cpu_isas", &cpu_isas, "(name, why this process cannot use it or '') of every compiled instruction set");
-  m.def("cpu_isa", [] { return current_isa().name; }, "the one in use");
+  m.def(
+      "cpu_isa", [] { return current_isa().name; }, "the one in use");
   m.def("cpu_peak", &cpu_peak, "what is multiplied -> GOP/s of one thread, all operands in registers");
   m.def("cpu_threading", &threading);
 }

@@ -32,7 +32,7 @@ struct QuantizeArguments {
 
   Norm norm = Norm::none;  // from here on norm_modulate_quantize only
   float eps = 0;
-  Array norm_weight;           // (k)
+  Array norm_weight;            // (k)
   Array scale, modulate_shift;  // (samples, k)
   std::int64_t samples = 0;
 };
@@ -50,9 +50,9 @@ struct LinearArguments {
   Type weight_scales = Type::f32;
   std::int64_t group = 64;
   const float* row_scales = nullptr;  // (n): what row_scales gives, if the caller has kept it
-  Array aux;                // nvfp4: channel_scale (n) fp32; uint4: zeros (n, groups)
-  const float* h = nullptr;  // (m, r)
-  Array up, bias;           // (n, r), (n)
+  Array aux;                          // nvfp4: channel_scale (n) fp32; uint4: zeros (n, groups)
+  const float* h = nullptr;           // (m, r)
+  Array up, bias;                     // (n, r), (n)
   Type out = Type::f32;
   void* y = nullptr;  // (m, n), glu: (m, n/2)
   int threads = 1;
@@ -60,7 +60,7 @@ struct LinearArguments {
   Ending ending = Ending::store;
   Activation activation = Activation::none;
   bool gate_first = false;
-  Array gate;                      // gate_residual: (samples, n)
+  Array gate;  // gate_residual: (samples, n)
   std::int64_t samples = 1;
   const void* residual = nullptr;  // (m, n) of `out`'s type
 };

@@ -11,7 +11,9 @@ constexpr std::uint64_t avx_states = 0x6;      // XCR0: XMM, YMM
 constexpr std::uint64_t avx512_states = 0xE6;  // and opmask, ZMM
 constexpr std::uint64_t amx_states = 0x60000;  // tile configuration, tile data
 
-constexpr bool bit(std::uint32_t word, int index) { return (word >> index) & 1u; }
+constexpr bool bit(std::uint32_t word, int index) {
+  return (word >> index) & 1u;
+}
 
 State state(bool in_cpu, std::uint64_t enabled, std::uint64_t needed) {
   if (!in_cpu) return State::not_in_cpu;
@@ -44,7 +46,9 @@ std::vector<Feature> features() {
 
 #else
 
-std::vector<Feature> features() { return {}; }
+std::vector<Feature> features() {
+  return {};
+}
 
 #endif
 }  // namespace nunchaku_py::cpu

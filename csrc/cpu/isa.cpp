@@ -57,7 +57,8 @@ std::vector<Isa> find_isas() {
   found.push_back({"amx", &amx::engine, amx_obstacle(f, bf16)});
 #endif
   found.push_back({"avx512_bf16", &avx512_bf16::engine, bf16});
-  found.push_back({"avx512", &avx512::engine, obstacle(f, {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})});
+  found.push_back(
+      {"avx512", &avx512::engine, obstacle(f, {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"})});
   found.push_back({"avx_vnni", &avx_vnni::engine, obstacle(f, {"avx2", "fma", "f16c", "avx_vnni"})});
   found.push_back({"avx2", &avx2::engine, obstacle(f, {"avx2", "fma", "f16c"})});
 #endif

@@ -7,7 +7,8 @@
 
 namespace nunchaku_py::cpu {
 
-// GOP/s of one thread from registers (0: no such instruction), a multiplication and an addition counting as two, by what is multiplied.
+// GOP/s of one thread from registers (0: no such instruction), a multiplication and an addition counting as two, by
+// what is multiplied.
 struct Peak {
   double int8, bf16, fp32;
 };
@@ -22,8 +23,8 @@ struct Engine {
 
 struct Isa {
   const char* name;
-  const Engine* engine;     // nullptr: not compiled into this build
-  std::string obstacle;     // why this process cannot use it; empty if it can
+  const Engine* engine;  // nullptr: not compiled into this build
+  std::string obstacle;  // why this process cannot use it; empty if it can
 };
 
 // The best first. "portable" is always there; what stands behind it is used only where it is asked for.

@@ -1,12 +1,13 @@
-// The CPU ops for AVX2 with VNNI on 256 bits. What is shared with other files is included before the instruction
-// set is switched on: a function of the standard library compiled with it could end up serving every CPU.
+// The CPU ops for AVX2 with VNNI; see isa_prelude.h.
 #include "isa_prelude.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define NUNCHAKU_PY_AVX2
 #define NUNCHAKU_PY_AVX_VNNI
 #if defined(__clang__)
+// clang-format off
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+// clang-format on
 #elif defined(__GNUC__)
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #endif

@@ -1,4 +1,4 @@
-// The CPU ops in plain C++.
+// The CPU ops in plain C++; see isa_prelude.h.
 #include "isa_prelude.h"
 
 #define NUNCHAKU_PY_ISA portable

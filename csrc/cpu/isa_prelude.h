@@ -1,4 +1,5 @@
-// Everything that the ops include from outside: see isa_avx512.cpp.
+// What the ops of one instruction set include from outside. Each isa_<name>.cpp includes it before it switches the
+// instruction set on: a function of the standard library compiled with it could end up serving every CPU.
 #pragma once
 #include <bit>
 #include <chrono>

@@ -34,7 +34,9 @@ struct Queue {
   }
 };
 
-void work_of(void* queue) { static_cast<Queue*>(queue)->work(); }
+void work_of(void* queue) {
+  static_cast<Queue*>(queue)->work();
+}
 
 // libgomp's entry point of `#pragma omp parallel`, as torch's copy exports it. Linking libgomp instead would bring a
 // second runtime, whose threads would fight torch's (which spin for a while after each of its operations).
@@ -74,6 +76,8 @@ void parallel_items(int threads, std::int64_t items, Item run, void* context) {
   if (queue.failure) std::rethrow_exception(queue.failure);
 }
 
-const char* threading() { return gomp_parallel() ? "OpenMP of this process" : "threads of each call"; }
+const char* threading() {
+  return gomp_parallel() ? "OpenMP of this process" : "threads of each call";
+}
 
 }  // namespace nunchaku_py::cpu

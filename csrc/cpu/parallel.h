@@ -1,5 +1,5 @@
-// Work shared among threads. On Linux they are the threads of PyTorch's own OpenMP runtime, found at run time, so that a
-// process has one pool whatever it computes; where there is none, threads live for one call. Nothing is left behind.
+// Work shared among threads. On Linux they are the threads of PyTorch's own OpenMP runtime, found at run time, so that
+// a process has one pool whatever it computes; where there is none, threads live for one call. Nothing is left behind.
 #pragma once
 #include <cstdint>
 

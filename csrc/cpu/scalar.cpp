@@ -5,7 +5,9 @@
 
 namespace nunchaku_py::cpu {
 
-float bf16_value(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+float bf16_value(std::uint16_t bits) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
 
 float f16_value(std::uint16_t bits) {
   const std::uint32_t sign = (bits & 0x8000u) << 16, rest = bits & 0x7FFFu;
@@ -47,7 +49,8 @@ std::uint16_t f16_bits(float value) {
   const float size = std::fabs(value);
   if (value != value) return 0x7E00;
   if (size >= 65520.0f) return static_cast<std::uint16_t>(sign | 0x7C00);
-  if (size < 0x1p-14f) return static_cast<std::uint16_t>(sign | static_cast<std::uint16_t>(std::nearbyint(size * 0x1p24f)));
+  if (size < 0x1p-14f)
+    return static_cast<std::uint16_t>(sign | static_cast<std::uint16_t>(std::nearbyint(size * 0x1p24f)));
   const std::uint32_t up = (bits & 0x7FFFFFFFu) + 0xFFF + (bits >> 13 & 1);
   return static_cast<std::uint16_t>(sign | ((up >> 13) - (112u << 10)));
 }

@@ -1,4 +1,5 @@
-// Single numbers of the storage types. Out of line on purpose: files compiled for different instruction sets share them.
+// Single numbers of the storage types. Out of line on purpose: files compiled for different instruction sets share
+// them.
 #pragma once
 #include <cstdint>
 

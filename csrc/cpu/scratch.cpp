@@ -12,7 +12,9 @@ constexpr std::size_t slack = 256;
 constexpr std::size_t huge_page = 2 << 20;
 
 // Large blocks are aligned to large pages: fewer to look up, and to be handed over at the first touch.
-std::align_val_t alignment(std::size_t bytes) { return std::align_val_t{bytes < huge_page ? 64 : huge_page}; }
+std::align_val_t alignment(std::size_t bytes) {
+  return std::align_val_t{bytes < huge_page ? 64 : huge_page};
+}
 
 void* allocate(std::size_t bytes) {
   void* data = ::operator new(bytes, alignment(bytes));
@@ -23,7 +25,9 @@ void* allocate(std::size_t bytes) {
 }
 }  // namespace
 
-Scratch::~Scratch() { ::operator delete(data_, alignment(size_)); }
+Scratch::~Scratch() {
+  ::operator delete(data_, alignment(size_));
+}
 
 void* Scratch::get(std::size_t bytes) {
   if (bytes + slack > size_) {

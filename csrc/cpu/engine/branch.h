@@ -1,5 +1,5 @@
-// h·upᵀ, added to C. In vectors all of it is fp32. AMX multiplies bf16 only, so there, if up is bf16, h goes in two parts
-// whose sum has 16 significant bits: fp32 in vectors would cost a third of the time of the INT8 product.
+// h·upᵀ, added to C. In vectors all of it is fp32. AMX multiplies bf16 only, so there, if up is bf16, h goes in two
+// parts whose sum has 16 significant bits: fp32 in vectors would cost a third of the time of the INT8 product.
 #pragma once
 #include "finish.h"
 
@@ -11,7 +11,9 @@ struct Branch {
   std::int64_t words;  // of a row of up or h, as the product takes it
 
   explicit Branch(const LinearArguments& a)
-      : r(a.r), split(DotBf16::in_tiles && a.up.type == Type::bf16), words(split ? round_up(a.r, 32) : round_up(a.r, W)) {}
+      : r(a.r),
+        split(DotBf16::in_tiles && a.up.type == Type::bf16),
+        words(split ? round_up(a.r, 32) : round_up(a.r, W)) {}
 
   // One row of h, fp32 → `words` words.
   void stage_h(std::int32_t* out, const float* h) const {

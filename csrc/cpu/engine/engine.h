@@ -6,7 +6,9 @@
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
-inline void quantize_act(const QuantizeArguments& a) { Quantize(a).run(); }
+inline void quantize_act(const QuantizeArguments& a) {
+  Quantize(a).run();
+}
 
 inline void linear(const LinearArguments& a) {
   if (a.act == Format::int8) return Linear<W4A8>(a).run();

@@ -10,10 +10,10 @@ constexpr std::int64_t token_step = tile_vectors * W;  // tokens that are finish
 // A panel: some output channels, whose weights are expanded together. With a gated activation the first half of its
 // rows are values, the second half their gates, and it makes half as many outputs.
 struct Panel {
-  std::int64_t first = 0;    // output channel of row 0
-  std::int64_t outputs = 0;  // outputs that exist
-  std::int64_t rows = 0;     // rows, a multiple of W; those without an output are void
-  std::int64_t gate_row = 0;   // where gates begin
+  std::int64_t first = 0;       // output channel of row 0
+  std::int64_t outputs = 0;     // outputs that exist
+  std::int64_t rows = 0;        // rows, a multiple of W; those without an output are void
+  std::int64_t gate_row = 0;    // where gates begin
   std::int64_t gate_first = 0;  // and their channel
 
   // The channel of a row; rows without a channel repeat the last one.

@@ -100,8 +100,14 @@ template <class Way>
 class Gemv {
  public:
   explicit Gemv(const LinearArguments& arguments)
-      : a(arguments), w(arguments), padded(padded_depth(a.k)), words(padded / Way::step * Way::words_per_step),
-        tokens(a.m <= 2 ? a.m : a.m <= 4 ? 4 : a.m <= 8 ? 8 : 16) {}
+      : a(arguments),
+        w(arguments),
+        padded(padded_depth(a.k)),
+        words(padded / Way::step * Way::words_per_step),
+        tokens(a.m <= 2   ? a.m
+               : a.m <= 4 ? 4
+               : a.m <= 8 ? 8
+                          : 16) {}
 
   void run() const {
     static thread_local Scratch scratch;
@@ -151,11 +157,16 @@ class Gemv {
 
   void row_of(std::int64_t n, const std::int32_t* x, float* scales, float* y, std::int64_t step) const {
     switch (tokens) {
-      case 1: return row<1>(n, x, scales, y, step);
-      case 2: return row<2>(n, x, scales, y, step);
-      case 4: return row<4>(n, x, scales, y, step);
-      case 8: return row<8>(n, x, scales, y, step);
-      default: return row<16>(n, x, scales, y, step);
+      case 1:
+        return row<1>(n, x, scales, y, step);
+      case 2:
+        return row<2>(n, x, scales, y, step);
+      case 4:
+        return row<4>(n, x, scales, y, step);
+      case 8:
+        return row<8>(n, x, scales, y, step);
+      default:
+        return row<16>(n, x, scales, y, step);
     }
   }
 
@@ -178,7 +189,8 @@ class Gemv {
       left -= here;
       for (; here >= chains * Way::step; here -= chains * Way::step) {
         sums.add(Way::decode(table, codes), x, stride);
-        if constexpr (chains > 1) others.add(Way::decode(table, codes + Way::step / 2), x + Way::words_per_step, stride);
+        if constexpr (chains > 1)
+          others.add(Way::decode(table, codes + Way::step / 2), x + Way::words_per_step, stride);
         codes += chains * Way::step / 2;
         x += chains * Way::words_per_step;
       }

@@ -7,8 +7,8 @@
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
-constexpr std::int64_t panel_bytes = 256 << 10;    // an expanded panel stays in the second-level cache
-constexpr std::int64_t columns_bytes = 16 << 20;   // packed tokens in the third
+constexpr std::int64_t panel_bytes = 256 << 10;   // an expanded panel stays in the second-level cache
+constexpr std::int64_t columns_bytes = 16 << 20;  // packed tokens in the third
 constexpr std::int64_t most_panel_rows = 64;
 constexpr std::int64_t fewest_split_tokens = 256;  // a panel is expanded anew by each thread that shares it
 
@@ -28,7 +28,7 @@ T* carve(char*& memory, std::int64_t count) {
 struct Tokens {
   std::int64_t first, count, vectors;
   std::int32_t* columns;
-  float* scales;  // (vectors / tile_vectors, token_scales, token_step)
+  float* scales;    // (vectors / tile_vectors, token_scales, token_step)
   std::int32_t* h;  // (vectors, rank, W)
 };
 
@@ -67,7 +67,8 @@ class Linear {
     Tokens t{first, count, (count + W - 1) / W, nullptr, nullptr, nullptr};
     const std::int64_t blocks = (t.vectors + tile_vectors - 1) / tile_vectors;
     const std::int64_t words = t.vectors * W * loop.depth, scales = blocks * loop.token_scales() * token_step;
-    char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * (words + scales + t.vectors * W * rank) + 192)));
+    char* memory =
+        static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * (words + scales + t.vectors * W * rank) + 192)));
     t.columns = carve<std::int32_t>(memory, words);
     t.scales = carve<float>(memory, scales);
     t.h = carve<std::int32_t>(memory, t.vectors * W * rank);
@@ -78,7 +79,8 @@ class Linear {
   void pack_vector(const Tokens& t, std::int64_t v) const {
     static thread_local Scratch scratch;
     const std::int64_t stride = loop.stride, count = smaller(W, t.count - v * W);
-    char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * W * (stride + rank) + 4 * loop.padded + 256)));
+    char* memory =
+        static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * W * (stride + rank) + 4 * loop.padded + 256)));
     auto* staged = carve<std::int32_t>(memory, W * stride);
     auto* h = carve<std::int32_t>(memory, W * rank);
     auto* spare = carve<float>(memory, loop.padded);
@@ -99,7 +101,8 @@ class Linear {
     static thread_local Scratch scratch;
     const Panel p = panel_of(a, index, rows);
     const std::int64_t scales = loop.scale_count(p.rows);
-    const std::int64_t words = p.rows * (loop.stride + 3 * token_step + rank + 3) + 2 * scales + loop.padded + 6 * loop.w.groups + 2 * W;
+    const std::int64_t words =
+        p.rows * (loop.stride + 3 * token_step + rank + 3) + 2 * scales + loop.padded + 6 * loop.w.groups + 2 * W;
     char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * words + 1024)));
     Pieces pieces{};
     pieces.weights = carve<std::int32_t>(memory, p.rows * loop.stride);

@@ -1,5 +1,5 @@
-// Three ways to accumulate: W4A8, W4A4, W4A16. Each says how it packs tokens, how it expands a panel of weights, and how
-// a piece of C in fp32 comes of both.
+// Three ways to accumulate: W4A8, W4A4, W4A16. Each says how it packs tokens, how it expands a panel of weights, and
+// how a piece of C in fp32 comes of both.
 #pragma once
 #include "../scratch.h"
 #include "finish.h"
@@ -9,7 +9,9 @@ namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
 // Rows of a panel start a cache line apart from a multiple of 4096 bytes, or they would share sets of the cache.
 template <class Dot>
-constexpr std::int64_t depth_of(std::int64_t k) { return padded_depth(k) / Dot::per_word; }
+constexpr std::int64_t depth_of(std::int64_t k) {
+  return padded_depth(k) / Dot::per_word;
+}
 constexpr std::int64_t row_padding = 16;  // words
 
 // Signed bytes as DotInt8's columns; zeros up to `padded`.
@@ -28,14 +30,14 @@ inline void stage_bytes(std::int32_t* out, const std::int8_t* bytes, std::int64_
 
 // Scales of a panel and its integers, in the order of one thread's scratch memory.
 struct Pieces {
-  std::int32_t* weights;  // (rows, stride) words
-  float* scales;          // per row; W4A4: (rows, groups)
-  std::int32_t* sums;     // per row: what the columns' offset adds
-  float* channels;        // per row: W4A4's channel_scale
-  float* offsets;         // W4A4 with uint4 weights: zeros (rows, groups)
-  std::int8_t* bytes;     // one row, expanded
-  float* row_scales;      // of one row
-  std::int8_t* tables;    // of one row, 16 per group
+  std::int32_t* weights;   // (rows, stride) words
+  float* scales;           // per row; W4A4: (rows, groups)
+  std::int32_t* sums;      // per row: what the columns' offset adds
+  float* channels;         // per row: W4A4's channel_scale
+  float* offsets;          // W4A4 with uint4 weights: zeros (rows, groups)
+  std::int8_t* bytes;      // one row, expanded
+  float* row_scales;       // of one row
+  std::int8_t* tables;     // of one row, 16 per group
   std::int32_t* integers;  // (rows, token_step)
 };
 
@@ -100,8 +102,15 @@ struct W4A4 {
   float unit;  // nvfp4 codes count halves
 
   explicit W4A4(const LinearArguments& arguments)
-      : a(arguments), w(arguments), depth(depth_of<Dot>(a.k)), stride(depth + row_padding), padded(padded_depth(a.k)),
-        groups(w.groups), group(w.group), act_values(a.act), weight_values(a.weight),
+      : a(arguments),
+        w(arguments),
+        depth(depth_of<Dot>(a.k)),
+        stride(depth + row_padding),
+        padded(padded_depth(a.k)),
+        groups(w.groups),
+        group(w.group),
+        act_values(a.act),
+        weight_values(a.weight),
         unit((a.act == Format::nvfp4 ? 0.5f : 1.0f) * (a.weight == Format::nvfp4 ? 0.5f : 1.0f)) {}
 
   std::int64_t scale_count(std::int64_t rows) const { return rows * groups; }
@@ -144,12 +153,14 @@ struct W4A4 {
     for (std::int64_t j = 0; j < vectors; j++) multiply_vector(p, rows, columns + j * depth * W, sx + j * W, c + j * W);
   }
 
-  void multiply_vector(const Pieces& p, std::int64_t rows, const std::int32_t* columns, const float* sx, float* c) const {
+  void multiply_vector(const Pieces& p, std::int64_t rows, const std::int32_t* columns, const float* sx,
+                       float* c) const {
     for (std::int64_t i = 0; i < rows; i++) Simd::store(c + i * token_step, Simd::zero());
     for (std::int64_t g = 0; g < groups; g++) {
       const std::int64_t first = g * group / 2, words = smaller(group / 2, depth - first);
       product<Dot>(p.weights + first, stride, rows, columns + first * W, 1, words, p.integers, token_step, false);
-      const F token = Simd::load(sx + g * token_step), sum = Simd::load(sx + (token_scales() - groups + g) * token_step);
+      const F token = Simd::load(sx + g * token_step),
+              sum = Simd::load(sx + (token_scales() - groups + g) * token_step);
       for (std::int64_t i = 0; i < rows; i++) {
         const F integer = Simd::to_float(Simd::load_int(p.integers + i * token_step));
         F acc = Simd::fma(Simd::mul(integer, Simd::set1(unit * p.scales[i * groups + g])), token,
@@ -196,7 +207,8 @@ struct W4A16 {
       const Simd::Table table = w.table(n, g).rounded_to(a.x).held();
       const std::int64_t end = smaller((g + 1) * group, a.k);
       std::int64_t k = g * group;
-      for (; k + W <= end; k += W) store_as(at(row, kind, k), kind, Simd::lookup(table, Simd::load_nibbles(w.row(n) + k / 2)));
+      for (; k + W <= end; k += W)
+        store_as(at(row, kind, k), kind, Simd::lookup(table, Simd::load_nibbles(w.row(n) + k / 2)));
       if (k < end) {
         std::uint8_t rest[W / 2] = {};
         std::memcpy(rest, w.row(n) + k / 2, static_cast<std::size_t>((end - k + 1) / 2));

@@ -8,12 +8,16 @@ namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 constexpr float largest_float = std::numeric_limits<float>::max();
 
-constexpr std::int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+constexpr std::int64_t size_of(Type type) {
+  return type == Type::f32 ? 4 : 2;
+}
 
 inline const void* at(const void* data, Type type, std::int64_t index) {
   return static_cast<const char*>(data) + index * size_of(type);
 }
-inline void* at(void* data, Type type, std::int64_t index) { return static_cast<char*>(data) + index * size_of(type); }
+inline void* at(void* data, Type type, std::int64_t index) {
+  return static_cast<char*>(data) + index * size_of(type);
+}
 
 inline F load_as(const void* p, Type type) {
   if (type == Type::bf16) return Simd::load_bf16(static_cast<const std::uint16_t*>(p));
@@ -89,7 +93,8 @@ inline F gelu_tanh(F x) {  // ½x(1 + tanh u) = x·σ(2u)
   return gated(x, Simd::mul(Simd::set1(1.5957691216057308f), Simd::fma(Simd::set1(0.044715f), cube, x)));
 }
 
-// ½x(1 + erf(x/√2)), by erfc(s) ≈ polynomial(t)·e^(−s²), t = 1/(1 + ps): Abramowitz and Stegun 7.1.26, |error| < 1.5e-7.
+// ½x(1 + erf(x/√2)), by erfc(s) ≈ polynomial(t)·e^(−s²), t = 1/(1 + ps): Abramowitz and Stegun 7.1.26, |error|
+// < 1.5e-7.
 inline F gelu(F x) {
   const F size = Simd::mul(Simd::abs(x), Simd::set1(0.70710678118654752f)), one = Simd::set1(1);
   const F t = Simd::div(one, Simd::fma(Simd::set1(0.3275911f), size, one));
@@ -104,10 +109,14 @@ inline F gelu(F x) {
 
 inline F activate(F x, Activation activation) {
   switch (activation) {
-    case Activation::gelu_tanh: return gelu_tanh(x);
-    case Activation::gelu: return gelu(x);
-    case Activation::silu: return gated(x, x);
-    default: return x;
+    case Activation::gelu_tanh:
+      return gelu_tanh(x);
+    case Activation::gelu:
+      return gelu(x);
+    case Activation::silu:
+      return gated(x, x);
+    default:
+      return x;
   }
 }
 

@@ -42,7 +42,8 @@ double seconds_of(std::int64_t turns) {
 // GOP/s of one thread, the best of some short runs: others may use the machine.
 template <class Dot>
 double peak_of() {
-  const double operations = Dot::in_tiles ? 4.0 * 2 * 16 * 16 * 16 * Dot::per_word : double{chains} * 2 * W * Dot::per_word;
+  const double operations =
+      Dot::in_tiles ? 4.0 * 2 * 16 * 16 * 16 * Dot::per_word : double{chains} * 2 * W * Dot::per_word;
   std::int64_t turns = 1000;
   while (seconds_of<Dot>(turns) < 2e-3) turns *= 2;
   double least = 1e9;

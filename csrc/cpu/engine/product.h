@@ -13,7 +13,7 @@
 #else
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 struct TileScope {};
-}
+}  // namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA
 #endif
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
@@ -22,8 +22,12 @@ constexpr int W = Simd::W;
 using F = Simd::F;
 using I = Simd::I;
 
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
-constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t step) {
+  return (value + step - 1) / step * step;
+}
+constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
 
 struct Integers {
   static constexpr bool in_tiles = false;
@@ -134,13 +138,13 @@ inline void tile_column(const std::int32_t* a, std::int64_t a_stride, std::int64
     tile<Dot, tile_rows, vectors>(a + i * a_stride, a_stride, b, depth, c + i * c_stride, c_stride, add);
   for (; i + 4 <= rows; i += 4)
     tile<Dot, 4, vectors>(a + i * a_stride, a_stride, b, depth, c + i * c_stride, c_stride, add);
-  for (; i < rows; i++)
-    tile<Dot, 1, vectors>(a + i * a_stride, a_stride, b, depth, c + i * c_stride, c_stride, add);
+  for (; i < rows; i++) tile<Dot, 1, vectors>(a + i * a_stride, a_stride, b, depth, c + i * c_stride, c_stride, add);
 }
 
 template <class Dot>
 void vector_product(const std::int32_t* a, std::int64_t a_stride, std::int64_t rows, const std::int32_t* b,
-                    std::int64_t vectors, std::int64_t depth, typename Dot::Scalar* c, std::int64_t c_stride, bool add) {
+                    std::int64_t vectors, std::int64_t depth, typename Dot::Scalar* c, std::int64_t c_stride,
+                    bool add) {
   constexpr int most = tile_vectors > 3 ? 3 : tile_vectors;
   std::int64_t j = 0;
   for (; j + most <= vectors; j += most)
@@ -148,8 +152,7 @@ void vector_product(const std::int32_t* a, std::int64_t a_stride, std::int64_t r
   if constexpr (most > 2)
     for (; j + 2 <= vectors; j += 2)
       tile_column<Dot, 2>(a, a_stride, rows, b + j * depth * W, depth, c + j * W, c_stride, add);
-  for (; j < vectors; j++)
-    tile_column<Dot, 1>(a, a_stride, rows, b + j * depth * W, depth, c + j * W, c_stride, add);
+  for (; j < vectors; j++) tile_column<Dot, 1>(a, a_stride, rows, b + j * depth * W, depth, c + j * W, c_stride, add);
 }
 
 // `vectors` vectors of columns; C is added to, or written. In tiles, rows of A and C up to the next 16 are touched too.

@@ -31,9 +31,14 @@ inline void e2m1_codes(std::int8_t* codes, const float* values, std::int64_t cou
 class Quantize {
  public:
   explicit Quantize(const QuantizeArguments& arguments)
-      : a(arguments), half(DotBf16::per_word == 2 && a.x.type == Type::bf16), padded(padded_depth(a.k)),
-        depth(half ? padded / DotBf16::per_word : padded), stride(depth + row_padding), rank(round_up(a.r, W)),
-        groups(a.group ? (a.k + a.group - 1) / a.group : 1), group(a.group ? a.group : padded) {}
+      : a(arguments),
+        half(DotBf16::per_word == 2 && a.x.type == Type::bf16),
+        padded(padded_depth(a.k)),
+        depth(half ? padded / DotBf16::per_word : padded),
+        stride(depth + row_padding),
+        rank(round_up(a.r, W)),
+        groups(a.group ? (a.k + a.group - 1) / a.group : 1),
+        group(a.group ? a.group : padded) {}
 
   void run() const {
     static thread_local Scratch scratch;
@@ -57,14 +62,16 @@ class Quantize {
   void pack_down(std::int32_t* down, std::int64_t v) const {
     static thread_local Scratch scratch;
     auto* staged = static_cast<std::int32_t*>(scratch.get(static_cast<std::size_t>(4 * W * stride)));
-    for (std::int64_t i = 0; i < W; i++) stage(staged + i * stride, a.down, a.x.type, smaller(v * W + i, a.r - 1) * a.k);
+    for (std::int64_t i = 0; i < W; i++)
+      stage(staged + i * stride, a.down, a.x.type, smaller(v * W + i, a.r - 1) * a.k);
     pack_columns(down + v * W * depth, staged, stride, depth);
   }
 
   void quantize_rows(std::int64_t first, const std::int32_t* down) const {
     static thread_local Scratch scratch;
     const std::int64_t count = smaller(rows, a.m - first);
-    char* memory = static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * (rows * (stride + rank) + padded) + padded + 512)));
+    char* memory =
+        static_cast<char*>(scratch.get(static_cast<std::size_t>(4 * (rows * (stride + rank) + padded) + padded + 512)));
     auto* staged = carve<std::int32_t>(memory, rows * stride);
     float* h = carve<float>(memory, rows * rank);
     float* x = carve<float>(memory, padded);
@@ -105,7 +112,8 @@ class Quantize {
       const std::int64_t count = a.k - k;
       const F weight = load_some(at(a.norm_weight.data, a.norm_weight.type, k), a.norm_weight.type, count);
       const F gain = load_some(at(a.scale.data, a.scale.type, sample + k), a.scale.type, count);
-      const F shift = load_some(at(a.modulate_shift.data, a.modulate_shift.type, sample + k), a.modulate_shift.type, count);
+      const F shift =
+          load_some(at(a.modulate_shift.data, a.modulate_shift.type, sample + k), a.modulate_shift.type, count);
       F v = Simd::mul(Simd::mul(Simd::sub(Simd::load(x + k), centre), scale), weight);
       v = Simd::add(Simd::mul(v, Simd::add(Simd::set1(1), gain)), shift);
       store_some(x + k, Type::f32, round_to(a.x.type, v), count);
@@ -148,15 +156,16 @@ class Quantize {
       pack_nibbles(static_cast<std::uint8_t*>(a.qx) + m * ((a.k + 1) / 2), codes);
   }
 
-  // x̂ = (x + shift)·inv_smooth of columns [begin, end). Returns max|x̂|, or max(x̂, 0) for codes without a sign; NaN where
-  // a number is not finite, which shows in its bits: those of ∞ and NaN are larger, as integers, than any number's.
+  // x̂ = (x + shift)·inv_smooth of columns [begin, end). Returns max|x̂|, or max(x̂, 0) for codes without a sign; NaN
+  // where a number is not finite, which shows in its bits: those of ∞ and NaN are larger, as integers, than any
+  // number's.
   float smooth(float* x, std::int64_t begin, std::int64_t end) const {
     const F shift = Simd::set1(a.shift);
     I bits = Simd::zero_int();
     F most = Simd::zero();
     for (std::int64_t k = begin; k < end; k += W) {
-      const F inverse = k + W <= a.k ? Simd::load(a.inv_smooth + k)
-                                     : load_some(a.inv_smooth + k, Type::f32, a.k > k ? a.k - k : 0);
+      const F inverse =
+          k + W <= a.k ? Simd::load(a.inv_smooth + k) : load_some(a.inv_smooth + k, Type::f32, a.k > k ? a.k - k : 0);
       const F v = Simd::mul(Simd::add(Simd::load(x + k), shift), inverse);
       Simd::store(x + k, v);
       bits = Simd::max_int(bits, Simd::abs_bits(v));
@@ -195,7 +204,8 @@ class Quantize {
       return;
     }
     const float most = top_of(a.format);
-    const F divisor = Simd::set1(scale), high = Simd::set1(most), low = Simd::set1(a.format == Format::uint4 ? 0 : -most);
+    const F divisor = Simd::set1(scale), high = Simd::set1(most),
+            low = Simd::set1(a.format == Format::uint4 ? 0 : -most);
     for (std::int64_t k = 0; k < count; k += W) {
       const F v = Simd::min(Simd::max(Simd::div(Simd::load(x + k), divisor), low), high);
       if (a.format == Format::nvfp4)

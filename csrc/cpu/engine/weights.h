@@ -6,8 +6,10 @@ namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
 constexpr int block = 64;  // codes that are expanded at a time: 32 bytes
 // K in whole blocks, at least one.
-constexpr std::int64_t padded_depth(std::int64_t k) { return round_up(k ? k : 1, block); }
-constexpr int span = 16;   // and that share a table; groups are multiples of it
+constexpr std::int64_t padded_depth(std::int64_t k) {
+  return round_up(k ? k : 1, block);
+}
+constexpr int span = 16;  // and that share a table; groups are multiples of it
 
 alignas(64) constexpr float int4_values[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 alignas(64) constexpr float uint4_values[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -46,9 +48,15 @@ struct Codes {
   Array aux;                                 // channel_scale or zeros
 
   explicit Codes(const LinearArguments& a)
-      : codes(a.qw), scales(a.sw), format(a.weight), scale_type(a.weight_scales), k(a.k),
-        group(a.group ? a.group : padded_depth(a.k)), groups(a.group ? (a.k + a.group - 1) / a.group : 1),
-        row_bytes((a.k + 1) / 2), aux(a.aux) {}
+      : codes(a.qw),
+        scales(a.sw),
+        format(a.weight),
+        scale_type(a.weight_scales),
+        k(a.k),
+        group(a.group ? a.group : padded_depth(a.k)),
+        groups(a.group ? (a.k + a.group - 1) / a.group : 1),
+        row_bytes((a.k + 1) / 2),
+        aux(a.aux) {}
 
   const std::uint8_t* row(std::int64_t n) const { return codes + n * row_bytes; }
 
@@ -66,8 +74,8 @@ struct Codes {
   float zero(std::int64_t n, std::int64_t g) const { return number(aux.data, aux.type, n * groups + g); }
   float channel(std::int64_t n) const { return format == Format::nvfp4 ? number(aux.data, aux.type, n) : 1.0f; }
 
-  // What the sixteen codes stand for in a group. The roundings are those of formats.decode. It calls nothing: a call would
-  // push the sums that its callers keep in registers out to memory.
+  // What the sixteen codes stand for in a group. The roundings are those of formats.decode. It calls nothing: a call
+  // would push the sums that its callers keep in registers out to memory.
   Sixteen table(float scale_of_group, float zero_of_group, float channel_of_row) const {
     const float* values = values_of(format);
     const F factor = Simd::set1(scale_of_group);
@@ -136,10 +144,12 @@ inline float row_top(const Codes& w, std::int64_t n) {
 }
 
 // One scale per row for INT8: max|w|/127, as formats.fold_int8.
-inline float row_scale(const Codes& w, std::int64_t n) { return row_top(w, n) / 127; }
+inline float row_scale(const Codes& w, std::int64_t n) {
+  return row_top(w, n) / 127;
+}
 
-// The INT8 value of each code: round(w/s), sixteen for every group of row n. A subnormal s may be so far below max|w|/127
-// that values have to be clamped. scales: room for those of the row.
+// The INT8 value of each code: round(w/s), sixteen for every group of row n. A subnormal s may be so far below
+// max|w|/127 that values have to be clamped. scales: room for those of the row.
 inline void fold_tables(const Codes& w, std::int64_t n, float s, float* scales, std::int8_t* tables) {
   const bool usable = s > 0;  // else zero, or NaN
   const F divisor = Simd::set1(usable ? s : 1.0f), low = Simd::set1(-127), high = Simd::set1(127);
@@ -177,8 +187,7 @@ inline void expand(std::int8_t* out, const std::uint8_t* row, std::int64_t k, co
   } else if (group == span) {
     for (; at < whole; at += block) Simd::lookup_bytes(out + at, row + at / 2, Simd::load_tables(tables + at));
   } else {
-    for (; at < whole; at += block)
-      Simd::lookup_bytes(out + at, row + at / 2, short_tables(tables, groups, group, at));
+    for (; at < whole; at += block) Simd::lookup_bytes(out + at, row + at / 2, short_tables(tables, groups, group, at));
   }
   if (at == k) return;
   std::uint8_t rest[block / 2] = {};

@@ -47,18 +47,32 @@ struct Simd {
 #endif
   }
 
-  static I zero_int() { return _mm256_setzero_si256(); }
-  static I load_int(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static void store_int(std::int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
-  static I set1_int(std::int32_t x) { return _mm256_set1_epi32(x); }
-  static I abs_bits(F a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7FFFFFFF)); }
-  static I max_int(I a, I b) { return _mm256_max_epi32(a, b); }
+  static I zero_int() {
+    return _mm256_setzero_si256();
+  }
+  static I load_int(const std::int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static void store_int(std::int32_t* p, I a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+  }
+  static I set1_int(std::int32_t x) {
+    return _mm256_set1_epi32(x);
+  }
+  static I abs_bits(F a) {
+    return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7FFFFFFF));
+  }
+  static I max_int(I a, I b) {
+    return _mm256_max_epi32(a, b);
+  }
   static std::int32_t reduce_max_int(I a) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
   }
-  static I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I sub_int(I a, I b) {
+    return _mm256_sub_epi32(a, b);
+  }
 
   static F load_bf16(const std::uint16_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -70,7 +84,9 @@ struct Simd {
     const I invalid = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(rounded, set1_int(0x7FC0), invalid);
   }
-  static F round_bf16(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_of(a), 16)); }
+  static F round_bf16(F a) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_of(a), 16));
+  }
   static void store_bf16(std::uint16_t* p, F a) {
     const I rounded = bf16_of(a);
     const I pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
@@ -79,7 +95,9 @@ struct Simd {
   static F load_f16(const std::uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static F round_f16(F a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+  static F round_f16(F a) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
   static void store_f16(std::uint16_t* p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -104,7 +122,9 @@ struct Simd {
   struct Table {
     F low, high;
   };
-  static Table table(const float* sixteen) { return {load(sixteen), load(sixteen + 8)}; }
+  static Table table(const float* sixteen) {
+    return {load(sixteen), load(sixteen + 8)};
+  }
   static F lookup(const Table& table, I index) {
     const F low = _mm256_permutevar8x32_ps(table.low, index), high = _mm256_permutevar8x32_ps(table.high, index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
@@ -132,8 +152,8 @@ struct Simd {
   static I add_bytes(I sum, const std::int8_t* p) {
     for (int half = 0; half < 2; half++) {
       const I bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * half));
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes),
-                                                    _mm256_set1_epi16(1)));
+      sum = _mm256_add_epi32(sum,
+                             _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1)));
     }
     return sum;
   }
@@ -166,7 +186,9 @@ struct Simd {
   }
 #if defined(NUNCHAKU_PY_AVX_VNNI)
   // b unsigned, a signed.
-  static I dot_uint8(I acc, I b, std::int32_t a) { return _mm256_dpbusd_avx_epi32(acc, b, _mm256_set1_epi32(a)); }
+  static I dot_uint8(I acc, I b, std::int32_t a) {
+    return _mm256_dpbusd_avx_epi32(acc, b, _mm256_set1_epi32(a));
+  }
 #endif
 };
 

@@ -39,14 +39,30 @@ struct Simd {
 #endif
   }
 
-  static I zero_int() { return _mm512_setzero_si512(); }
-  static I load_int(const std::int32_t* p) { return _mm512_loadu_si512(p); }
-  static void store_int(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }
-  static I set1_int(std::int32_t x) { return _mm512_set1_epi32(x); }
-  static I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF)); }
-  static I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
-  static std::int32_t reduce_max_int(I a) { return _mm512_reduce_max_epi32(a); }
-  static I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I zero_int() {
+    return _mm512_setzero_si512();
+  }
+  static I load_int(const std::int32_t* p) {
+    return _mm512_loadu_si512(p);
+  }
+  static void store_int(std::int32_t* p, I a) {
+    _mm512_storeu_si512(p, a);
+  }
+  static I set1_int(std::int32_t x) {
+    return _mm512_set1_epi32(x);
+  }
+  static I abs_bits(F a) {
+    return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF));
+  }
+  static I max_int(I a, I b) {
+    return _mm512_max_epi32(a, b);
+  }
+  static std::int32_t reduce_max_int(I a) {
+    return _mm512_reduce_max_epi32(a);
+  }
+  static I sub_int(I a, I b) {
+    return _mm512_sub_epi32(a, b);
+  }
 
   static F load_bf16(const std::uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -57,14 +73,18 @@ struct Simd {
     const I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, set1_int(0x7FFF))), 16);
     return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), set1_int(0x7FC0));
   }
-  static F round_bf16(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_of(a), 16)); }
+  static F round_bf16(F a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_of(a), 16));
+  }
   static void store_bf16(std::uint16_t* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_of(a)));
   }
   static F load_f16(const std::uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static F round_f16(F a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+  static F round_f16(F a) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
   static void store_f16(std::uint16_t* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -86,11 +106,17 @@ struct Simd {
     high = _mm512_srli_epi32(low, 4);
   }
   using Table = __m512;
-  static Table table(const float* sixteen) { return load(sixteen); }
-  static F lookup(Table table, I index) { return _mm512_permutexvar_ps(index, table); }
+  static Table table(const float* sixteen) {
+    return load(sixteen);
+  }
+  static F lookup(Table table, I index) {
+    return _mm512_permutexvar_ps(index, table);
+  }
 
   using Tables = __m512i;
-  static Tables load_tables(const std::int8_t* four) { return _mm512_loadu_si512(four); }
+  static Tables load_tables(const std::int8_t* four) {
+    return _mm512_loadu_si512(four);
+  }
   static Tables repeat_table(const std::int8_t* one) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(one)));
   }
@@ -102,7 +128,9 @@ struct Simd {
   static I add_bytes(I acc, const std::int8_t* p) {
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi8(1), _mm512_loadu_si512(p));
   }
-  static std::int32_t reduce_add_int(I a) { return _mm512_reduce_add_epi32(a); }
+  static std::int32_t reduce_add_int(I a) {
+    return _mm512_reduce_add_epi32(a);
+  }
   static void transpose(std::int32_t* out, std::int64_t out_stride, const std::int32_t* in, std::int64_t in_stride) {
     I a[16], b[16];
     for (int i = 0; i < 16; i++) a[i] = load_int(in + i * in_stride);
@@ -127,9 +155,13 @@ struct Simd {
     }
   }
 
-  static I dot_int16(I acc, I b, std::int32_t a) { return _mm512_dpwssd_epi32(acc, b, _mm512_set1_epi32(a)); }
+  static I dot_int16(I acc, I b, std::int32_t a) {
+    return _mm512_dpwssd_epi32(acc, b, _mm512_set1_epi32(a));
+  }
   // b unsigned, a signed.
-  static I dot_uint8(I acc, I b, std::int32_t a) { return _mm512_dpbusd_epi32(acc, b, _mm512_set1_epi32(a)); }
+  static I dot_uint8(I acc, I b, std::int32_t a) {
+    return _mm512_dpbusd_epi32(acc, b, _mm512_set1_epi32(a));
+  }
 #if defined(NUNCHAKU_PY_AVX512_BF16)
   // Sixteen bf16 twice, for the words of 32 codes in 16 bytes.
   using HalfTable = __m512i;
@@ -138,8 +170,8 @@ struct Simd {
   }
   static I lookup_half(HalfTable table, const std::uint8_t* nibbles) {
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
-    // byte·4097: the low nibble in the low word, the high one in the high word; of a word five bits count, and the fifth
-    // tells equal halves of the table apart.
+    // byte·4097: the low nibble in the low word, the high one in the high word; of a word five bits count, and the
+    // fifth tells equal halves of the table apart.
     return _mm512_permutexvar_epi16(_mm512_madd_epi16(bytes, _mm512_set1_epi32(4097)), table);
   }
   static F dot_words(F acc, I a, I b) {

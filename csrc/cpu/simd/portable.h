@@ -28,20 +28,40 @@ struct Simd {
     return r;
   }
 
-  static F load(const float* p) { return each([=](int i) { return p[i]; }); }
+  static F load(const float* p) {
+    return each([=](int i) { return p[i]; });
+  }
   static void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
-  static F set1(float x) { return each([=](int) { return x; }); }
+  static F set1(float x) {
+    return each([=](int) { return x; });
+  }
   static F zero() { return set1(0); }
-  static F add(F a, F b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
-  static F sub(F a, F b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
-  static F mul(F a, F b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
-  static F div(F a, F b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+  static F add(F a, F b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F sub(F a, F b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F mul(F a, F b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F div(F a, F b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
   static F fma(F a, F b, F c) { return add(mul(a, b), c); }
   // As the instructions do: the second operand where either is NaN.
-  static F max(F a, F b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-  static F min(F a, F b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-  static F abs(F a) { return each([&](int i) { return std::fabs(a.v[i]); }); }
-  static F round(F a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
+  static F max(F a, F b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F min(F a, F b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F abs(F a) {
+    return each([&](int i) { return std::fabs(a.v[i]); });
+  }
+  static F round(F a) {
+    return each([&](int i) { return std::nearbyint(a.v[i]); });
+  }
   static float reduce_max(F a) {
     float r = a.v[0];
     for (int i = 1; i < W; i++) r = r > a.v[i] ? r : a.v[i];
@@ -56,25 +76,41 @@ struct Simd {
   static F power_of_two(F a) {
     return each([&](int i) { return std::bit_cast<float>((static_cast<std::int32_t>(a.v[i]) + 127) << 23); });
   }
-  static I to_int(F a) { return each_int([&](int i) { return static_cast<std::int32_t>(std::nearbyint(a.v[i])); }); }
-  static F to_float(I a) { return each([&](int i) { return static_cast<float>(a.v[i]); }); }
+  static I to_int(F a) {
+    return each_int([&](int i) { return static_cast<std::int32_t>(std::nearbyint(a.v[i])); });
+  }
+  static F to_float(I a) {
+    return each([&](int i) { return static_cast<float>(a.v[i]); });
+  }
 
   static F as_float(I a) { return std::bit_cast<F>(a); }
 
   static void hide(I&) {}
 
-  static I zero_int() { return each_int([](int) { return 0; }); }
-  static I load_int(const std::int32_t* p) { return each_int([=](int i) { return p[i]; }); }
+  static I zero_int() {
+    return each_int([](int) { return 0; });
+  }
+  static I load_int(const std::int32_t* p) {
+    return each_int([=](int i) { return p[i]; });
+  }
   static void store_int(std::int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
-  static I set1_int(std::int32_t x) { return each_int([=](int) { return x; }); }
-  static I abs_bits(F a) { return each_int([&](int i) { return std::bit_cast<std::int32_t>(a.v[i]) & 0x7FFFFFFF; }); }
-  static I max_int(I a, I b) { return each_int([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+  static I set1_int(std::int32_t x) {
+    return each_int([=](int) { return x; });
+  }
+  static I abs_bits(F a) {
+    return each_int([&](int i) { return std::bit_cast<std::int32_t>(a.v[i]) & 0x7FFFFFFF; });
+  }
+  static I max_int(I a, I b) {
+    return each_int([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
   static std::int32_t reduce_max_int(I a) {
     std::int32_t r = a.v[0];
     for (int i = 1; i < W; i++) r = r > a.v[i] ? r : a.v[i];
     return r;
   }
-  static I sub_int(I a, I b) { return each_int([&](int i) { return a.v[i] - b.v[i]; }); }
+  static I sub_int(I a, I b) {
+    return each_int([&](int i) { return a.v[i] - b.v[i]; });
+  }
 
   static F load_bf16(const std::uint16_t* p) {
     return each([=](int i) { return std::bit_cast<float>(static_cast<std::uint32_t>(p[i]) << 16); });
@@ -82,9 +118,15 @@ struct Simd {
   static void store_bf16(std::uint16_t* p, F a) {
     for (int i = 0; i < W; i++) p[i] = bf16_bits(a.v[i]);
   }
-  static F load_f16(const std::uint16_t* p) { return each([=](int i) { return f16_value(p[i]); }); }
-  static F round_bf16(F a) { return each([&](int i) { return bf16_value(bf16_bits(a.v[i])); }); }
-  static F round_f16(F a) { return each([&](int i) { return f16_value(f16_bits(a.v[i])); }); }
+  static F load_f16(const std::uint16_t* p) {
+    return each([=](int i) { return f16_value(p[i]); });
+  }
+  static F round_bf16(F a) {
+    return each([&](int i) { return bf16_value(bf16_bits(a.v[i])); });
+  }
+  static F round_f16(F a) {
+    return each([&](int i) { return f16_value(f16_bits(a.v[i])); });
+  }
   static void store_f16(std::uint16_t* p, F a) {
     for (int i = 0; i < W; i++) p[i] = f16_bits(a.v[i]);
   }
@@ -92,7 +134,9 @@ struct Simd {
   static void store_int8(std::int8_t* p, I a) {
     for (int i = 0; i < W; i++) p[i] = static_cast<std::int8_t>(a.v[i]);
   }
-  static I load_int8(const std::int8_t* p) { return each_int([=](int i) { return std::int32_t{p[i]}; }); }
+  static I load_int8(const std::int8_t* p) {
+    return each_int([=](int i) { return std::int32_t{p[i]}; });
+  }
   // W nibbles from W/2 bytes, the low one first.
   static I load_nibbles(const std::uint8_t* p) {
     return each_int([=](int i) { return p[i / 2] >> (i % 2 * 4) & 15; });
@@ -111,7 +155,9 @@ struct Simd {
     std::memcpy(t.v, sixteen, sizeof t.v);
     return t;
   }
-  static F lookup(const Table& table, I index) { return each([&](int i) { return table.v[index.v[i] & 15]; }); }
+  static F lookup(const Table& table, I index) {
+    return each([&](int i) { return table.v[index.v[i] & 15]; });
+  }
 
   // Sixteen int8 for each sixteen places of a block of 64.
   struct Tables {

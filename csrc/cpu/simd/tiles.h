@@ -1,5 +1,5 @@
-// The matrix registers of AMX: eight tiles of 16 rows of 64 bytes. With NUNCHAKU_PY_AMX_EMULATED the same operations are
-// done in memory as the instruction reference describes them, so that what is built on tiles can run on any CPU.
+// The matrix registers of AMX: eight tiles of 16 rows of 64 bytes. With NUNCHAKU_PY_AMX_EMULATED the same operations
+// are done in memory as the instruction reference describes them, so that what is built on tiles can run on any CPU.
 #include <cstdint>
 #include <cstring>
 
