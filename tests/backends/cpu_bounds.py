@@ -173,7 +173,7 @@ def glu(y: Bounded, case: Case) -> Bounded:
     slack = value.exact.abs() * gate.slack + gate.exact.abs() * value.slack + value.slack * gate.slack
     finite = value.exact.isfinite() & gate.exact.isfinite()
     exact = torch.where(finite, exact, torch.nan)
-    return Bounded(exact, slack + 2 * U * exact.abs() + TINY * U, value.size * gate.size.clamp(min=1))
+    return Bounded(exact, slack + 2 * U * exact.abs() + TINY * U, value.size * gate.size + value.size + gate.size)
 
 
 def gate_residual(y: Bounded, gate: Tensor, residual: Tensor) -> Bounded:
