@@ -14,6 +14,7 @@ from .precision import as_autocast
 
 FEED_FORWARD = "diffusers.models.attention.FeedForward"
 FLUX2 = "diffusers.models.transformers.transformer_flux2."
+PARAMETER = {FEED_FORWARD: "hidden_states", FLUX2 + "Flux2FeedForward": "x"}  # what forward calls its input
 ACTIVATIONS = "diffusers.models.activations."
 
 
@@ -21,17 +22,15 @@ def _gelu(module: nn.Module) -> Between:
     return Between("gelu_tanh" if module.approximate == "tanh" else "gelu")
 
 
-def _linear_activation(module: nn.Module) -> Between | None:
-    return Between("silu") if type(module.activation) is nn.SiLU else None
-
-
-BETWEEN: dict[str, Callable[[nn.Module], Between | None]] = {
+BETWEEN: dict[str, Callable[[nn.Module], Between]] = {
     ACTIVATIONS + "GELU": _gelu,
     ACTIVATIONS + "GEGLU": lambda module: Between("gelu", GLU),
     ACTIVATIONS + "SwiGLU": lambda module: Between("silu", GLU),
-    ACTIVATIONS + "LinearActivation": _linear_activation,
+    ACTIVATIONS + "LinearActivation": lambda module: Between("silu"),
     FLUX2 + "Flux2SwiGLU": lambda module: Between("silu", GLU, gate_first=True),
 }
+SILU = {ACTIVATIONS + "SwiGLU": "activation", ACTIVATIONS + "LinearActivation": "activation",
+        FLUX2 + "Flux2SwiGLU": "gate_fn"}  # which child applies it, where a child does
 
 
 class Members(NamedTuple):
@@ -40,20 +39,28 @@ class Members(NamedTuple):
     first: tuple[str, nn.Module | None]
     activation: tuple[str, nn.Module]
     second: tuple[str, nn.Module]
+    silu: tuple[tuple[str, nn.Module | None], ...]
     dropouts: tuple[tuple[str, nn.Module], ...] = ()
 
 
 def members(module: nn.Module) -> Members:
     if class_path(module) != FEED_FORWARD:
-        return Members(("linear_in", module.linear_in), ("act_fn", module.act_fn), ("linear_out", module.linear_out))
+        return Members(("linear_in", module.linear_in), ("act_fn", module.act_fn), ("linear_out", module.linear_out),
+                       _silu("act_fn", module.act_fn))
     activation, dropout, second, *last = module.net
     dropouts = (("net.1", dropout), *(("net.3", final) for final in last))
     first = getattr(activation, "proj", None)
-    return Members(("net.0.proj", first), ("net.0", activation), ("net.2", second), dropouts)
+    return Members(("net.0.proj", first), ("net.0", activation), ("net.2", second), _silu("net.0", activation),
+                   dropouts)
+
+
+def _silu(name: str, activation: nn.Module) -> tuple[tuple[str, nn.Module | None], ...]:
+    child = SILU.get(class_path(activation))
+    return () if child is None else ((f"{name}.{child}", getattr(activation, child, None)),)
 
 
 def concerns(module: nn.Module) -> bool:
-    if class_path(module) not in (FEED_FORWARD, FLUX2 + "Flux2FeedForward") or _incomplete(module):
+    if class_path(module) not in PARAMETER or _incomplete(module):
         return False
     parts = members(module)
     return isinstance(parts.first[1], QuantLinear) or isinstance(parts.second[1], QuantLinear)
@@ -77,9 +84,12 @@ def _unfit(parts: Members) -> str | None:
     (_, first), (name, activation), (second_name, second) = parts[:3]
     if what_between(activation) is None:
         return f"no op computes what {name} does ({class_path(activation)})"
+    for child_name, child in parts.silu:
+        if type(child) is not nn.SiLU:
+            return f"{child_name} is not a SiLU, but {class_path(child)}"
     if not second.site.has_smooth:
         return f"{second_name} does not quantize its input"
-    return hooked((*parts[:3], *parts.dropouts)) or active_dropout(parts.dropouts) or no_ending(
+    return hooked((*parts[:3], *parts.silu, *parts.dropouts)) or active_dropout(parts.dropouts) or no_ending(
         first, what_between(activation).ending)
 
 
@@ -89,14 +99,21 @@ def what_between(activation: nn.Module) -> Between | None:
 
 
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    inputs = (*args, *kwargs.values())
-    if len(inputs) != 1 or refuses(module) or wants_gradient(inputs[0]):
+    x = _input(module, args, kwargs)
+    if x is None or refuses(module) or wants_gradient(x):
         return own_forward(module)(module, *args, **kwargs)
-    x, (_, first) = as_autocast(inputs[0]), members(module).first
+    x, (_, first) = as_autocast(x), members(module).first
     if x.shape[-1] != first.in_features:
         return own_forward(module)(module, *args, **kwargs)  # which says so
     second, hidden = to_second(module, first.quantize_input(x.reshape(-1, first.in_features)), x.dtype)
     return second.multiply(hidden, x.dtype).reshape(*x.shape[:-1], second.out_features)
+
+
+def _input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The input of a call that gives nothing else; None of a call that the own forward may warn of or refuse."""
+    if len(args) + len(kwargs) != 1:
+        return None
+    return args[0] if args else kwargs.get(PARAMETER.get(class_path(module)))
 
 
 def to_second(module: nn.Module, x: QuantizedInput, dtype: Any) -> tuple[QuantLinear, QuantizedInput]:

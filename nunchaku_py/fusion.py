@@ -13,12 +13,17 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from .errors import NunchakuError
 
 ENVIRONMENT = "NUNCHAKU_PY_FUSION"
 SWITCHED_OFF = f"switched off, by nq.set_fusion or {ENVIRONMENT}=0"
 _ATTRIBUTE = "nunchaku_fused"
+_REPLICATE = "_replicate_for_data_parallel"
+_ORPHANED = ("this module is a shallow copy of one that is gone, whose forward it still has: copy with copy.deepcopy, "
+             "or call nq.set_fusion(copy, True), which gives the copy a forward of its own")
+_WATCHED = "a hook on all modules (torch.nn.modules.module.register_module_forward_hook) must see every call"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Fusion:
 
 class FusedForward:
     """`forward` of one instance. It knows its module weakly, so that a model is freed when it is let go of, and is
-    rebuilt around the copy when a model is copied or pickled."""
+    rebuilt around the copy when a model is deepcopied or pickled. A shallow copy shares it, and it cannot tell which of
+    the two was called: it runs the original until `set_enabled` is called on the copy."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], enabled: bool) -> None:
         self._module, self.function, self.enabled = weakref.ref(module), function, enabled
@@ -41,10 +47,27 @@ class FusedForward:
         self.__signature__ = inspect.signature(MethodType(type(module).forward, module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self._module(), *args, **kwargs)
+        module = self.module()
+        if vars(module).get(_ATTRIBUTE) is not self:  # removed under a hook, which still calls it
+            return self.own(module, *args, **kwargs)
+        return self.function(module, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
-        return FusedForward, (self._module(), self.function, self.enabled)
+        return FusedForward, (self.module(), self.function, self.enabled)
+
+    def module(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise NunchakuError(_ORPHANED)
+        return module
+
+    def replicate(self) -> nn.Module:
+        """The shallow copy that DataParallel makes for a device. Without the pattern: its tensors are no parameters,
+        and of parameters patterns ask whether they are trained."""
+        module = self.module()
+        replica = type(module)._replicate_for_data_parallel(module)
+        _detach(replica)
+        return replica
 
 
 def install(model: nn.Module, fusions: Iterable[Fusion]) -> None:
@@ -52,8 +75,19 @@ def install(model: nn.Module, fusions: Iterable[Fusion]) -> None:
     enabled = enabled_by_default()
     for fusion, module in modules_of(model, fusions):
         if "forward" not in vars(module):
-            module.forward = FusedForward(module, fusion.forward, enabled)
-            setattr(module, _ATTRIBUTE, module.forward)
+            _attach(module, FusedForward(module, fusion.forward, enabled))
+
+
+def _attach(module: nn.Module, fused: FusedForward) -> None:
+    vars(module).update({"forward": fused, _ATTRIBUTE: fused, _REPLICATE: fused.replicate})
+
+
+def _detach(module: nn.Module) -> None:
+    fused = vars(module).pop(_ATTRIBUTE, None)
+    if fused is not None:
+        vars(module).pop(_REPLICATE, None)
+        if vars(module).get("forward") is fused:
+            del module.forward
 
 
 def modules_of(model: nn.Module, fusions: Iterable[Fusion]) -> Iterator[tuple[Fusion, nn.Module]]:
@@ -68,15 +102,18 @@ def modules_of(model: nn.Module, fusions: Iterable[Fusion]) -> Iterator[tuple[Fu
 def remove(model: nn.Module) -> None:
     """Undo `install`. Where a hook came on top its reference stays, to a forward that then always steps aside."""
     for module in model.modules():
-        fused = vars(module).pop(_ATTRIBUTE, None)
-        if fused is not None and vars(module).get("forward") is fused:
-            del module.forward
+        _detach(module)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Switch the patterns. A shallow copy, which shares the forward of its original, first gets one of its own."""
     for module in model.modules():
         fused = vars(module).get(_ATTRIBUTE)
-        if fused is not None:
+        if fused is None:
+            continue
+        if fused._module() is not module and vars(module).get("forward") is fused:
+            _attach(module, FusedForward(module, fused.function, enabled))
+        else:
             fused.enabled = enabled
 
 
@@ -92,7 +129,10 @@ def why_not_installed(module: nn.Module) -> str | None:
     fused = vars(module).get(_ATTRIBUTE)
     if fused is None:
         return "it held no quantized linears, or its forward was not its class's, when the model was prepared"
-    return None if fused.enabled else SWITCHED_OFF
+    if not fused.enabled:
+        return SWITCHED_OFF
+    # Not those for backward: calls that want gradients go to the modules anyway.
+    return _WATCHED if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks else None
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
@@ -107,7 +147,7 @@ def class_path(module: object) -> str:
 
 # ------------------------------------------------------------------------------------------------ reasons to step aside
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something wants to see the module's call: hooks, offloading, caching, or a forward of the user's."""
+    """Whether something wants to see this module's call: hooks, offloading, caching, or a forward of the user's."""
     if module._forward_pre_hooks or module._forward_hooks:
         return True
     forward = vars(module).get("forward")  # removing a hook leaves the class's own forward there, bound

@@ -7,15 +7,32 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion, class_path, is_hooked, own_forward, why_not_installed
 from .linear import QuantizedInput, QuantLinear, wants_gradient
 from .precision import as_autocast
 
-Seen = tuple[Tensor, tuple[str, str], QuantizedInput]  # (a tensor, input_key of the site that read it, what it became)
+
+class Seen(NamedTuple):
+    """A tensor, the input_key of the site that read it, what it became, and its version then."""
+
+    tensor: Tensor
+    key: tuple[str, str]
+    quantized: QuantizedInput
+    version: int
+
+
+def seen(x: Tensor, key: tuple[str, str], quantized: QuantizedInput) -> Seen:
+    return Seen(x, key, quantized, _version(x))
+
+
+def _version(x: Tensor) -> int:
+    """By which a change in place is noticed. Inference tensors count none, and a graph must not depend on it."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class View:
@@ -57,11 +74,11 @@ class _Sharing:
 
     def _quantized(self, x: Tensor, cast: Tensor) -> QuantizedInput:
         key = self._linear.input_key
-        for tensor, other, quantized in self._seen:
-            if tensor is x and other == key:
+        for tensor, other, quantized, version in self._seen:
+            if tensor is x and other == key and version == _version(x):
                 return quantized
         quantized = self._linear.quantize_input(cast.reshape(-1, x.shape[-1]))
-        self._seen[:] = [(x, key, quantized)]  # the last is enough: projections of one input are called in a row
+        self._seen[:] = [seen(x, key, quantized)]  # the last is enough: projections of one input are called in a row
         return quantized
 
 

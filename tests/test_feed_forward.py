@@ -1,6 +1,8 @@
 """Feed-forwards as two calls: right for every activation and mode, in place of what they replace, and not elsewhere."""
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 
@@ -195,6 +197,10 @@ def observed(path: str) -> Callable[[nn.Module], object]:
     return lambda module: module.get_submodule(path).register_forward_hook(lambda *_: None)
 
 
+def replaced(path: str, other: nn.Module) -> Callable[[nn.Module], object]:
+    return lambda module: module.set_submodule(path, other)
+
+
 REFUSED = {
     "net.0.proj is not a quantized linear, but torch.nn": kept_in_16_bit,
     "no op computes what net.0 does .*ApproximateGELU": lambda: changed("gelu", unknown_activation),
@@ -206,6 +212,11 @@ REFUSED = {
     "net.2 is not a quantized linear, but .*Mine": lambda: changed("gelu", subclass),
     "net holds 2 modules": lambda: changed("gelu", without_dropout),
     "net.0.proj is not .*NoneType": lambda: changed("gelu", without_projection),
+    "net.0.activation is not a SiLU.*Tanh": lambda: changed("swiglu", replaced("net.0.activation", nn.Tanh())),
+    "net.0.activation is not a SiLU.*ReLU": lambda: changed("linear-silu", replaced("net.0.activation", nn.ReLU())),
+    "act_fn.gate_fn is not a SiLU.*GELU": lambda: changed("flux2", replaced("act_fn.gate_fn", nn.GELU())),
+    "net.0.activation has a hook": lambda: changed("swiglu", observed("net.0.activation")),
+    "act_fn.gate_fn has a hook": lambda: changed("flux2", observed("act_fn.gate_fn")),
     "switched off": lambda: changed("gelu", lambda module: nq.set_fusion(module, False)),
 }
 
@@ -235,6 +246,18 @@ def test_an_argument_that_diffusers_warns_of_still_gets_its_warning() -> None:
     assert endings(calls) == {}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "name"), [("gelu", "hidden_states"), ("flux2", "x")])
+def test_keywords_are_those_of_the_own_forward(kind: str, name: str) -> None:
+    module, x = made(kind), rows(2)
+    with counted() as calls:
+        assert same_bits(module(**{name: x}), module(x))
+    assert sum(endings(calls).values()) == 2
+    for wrong in ({"nonsense": x}, {}):
+        with pytest.raises(TypeError, match=r"forward\(\)"):
+            module(**wrong)
+
+
 def test_gradients_pass_through_the_modules() -> None:
     module, x = made("geglu"), rows(6)
     wanted = x.clone().requires_grad_()
@@ -260,6 +283,41 @@ def test_a_member_that_is_replaced_later_is_heeded() -> None:
     dense = module.net[2].dense()
     module.net[2] = dense
     assert torch.equal(module(x), dense(module.net[0](x)))
+
+
+def with_other_weights(module: nn.Module) -> nn.Module:
+    """A deep copy, by whose results it is seen that it ran itself."""
+    other = copy.deepcopy(module)
+    other.net[2].set_tensor("scales", other.net[2].scales * 2)
+    return other
+
+
+@torch.no_grad()
+def test_shallow_copies() -> None:
+    """They share the forward of their original, which runs the original's modules; set_fusion gives them their own."""
+    first, x = made("gelu"), rows(5)
+    second = with_other_weights(first)
+    twin, expected = copy.copy(second), second(x)
+    del second
+    with pytest.raises(nq.NunchakuError, match=r"shallow copy of one that is gone.*nq.set_fusion\(copy, True\)"):
+        twin(x)
+    nq.set_fusion(twin, True)
+    with counted() as calls:
+        assert same_bits(twin(x), expected) and endings(calls) == {"gelu_quantize": 1}
+    nq.set_fusion(copy.copy(first), False)
+    assert feed_forward.refuses(first) is None, "what is done to a copy leaves the original"
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallel_run_their_own_modules_one_by_one() -> None:
+    module, x = made("gelu"), rows(5)
+    for original in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        replica, expected = original._replicate_for_data_parallel(), original(x)
+        assert replica._is_replica and type(replica) is type(original)
+        replica.net = with_other_weights(original).net
+        with counted() as calls:
+            assert same_bits(replica(x), replica.net[2](replica.net[0](x))) and endings(calls) == {}
+        assert same_bits(original(x), expected) and feed_forward.refuses(original) is None
 
 
 # Feed-forwards of diffusers' own class: (how many, which ending)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 import nunchaku_py as nq
 from nunchaku_py import fusion, ops
@@ -182,7 +183,7 @@ def test_dequantize_takes_the_patterns_off(flux: tuple) -> None:
     state = state_of(model)
     dense = nq.dequantize(model)
     for module in dense.modules():
-        assert "forward" not in vars(module) and "nunchaku_fused" not in vars(module)
+        assert not vars(module).keys() & {"forward", "nunchaku_fused", "_replicate_for_data_parallel"}
     assert run(dense, inputs).isfinite().all()
     assert ran(model, inputs) == ALL and differences(state, model.state_dict()) == []
     nq.quantize(dense, "rtn-int4")
@@ -191,7 +192,35 @@ def test_dequantize_takes_the_patterns_off(flux: tuple) -> None:
     assert ran(dense, inputs) == ALL, "preparing again changes nothing"
 
 
+@torch.no_grad()
+def test_a_removed_pattern_that_a_hook_still_calls_steps_aside(flux: tuple) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    block = flux[0].transformer_blocks[0]
+    add_hook_to_module(block.ff, ModelHook())
+    dense, x = nq.dequantize(block), torch.randn(2, 5, block.ff.net[2].out_features).bfloat16()
+    y = dense.ff(x)
+    remove_hook_from_module(dense.ff)
+    assert same_bits(y, type(dense.ff).forward(dense.ff, x)) and not same_bits(y, block.ff(x))
+
+
 # ------------------------------------------------------------------------------------ what is done to modules of others
+@pytest.mark.parametrize("register", [torch_module.register_module_forward_hook,
+                                      torch_module.register_module_forward_pre_hook])
+def test_hooks_on_all_modules_see_every_call(flux: tuple, register: Callable) -> None:
+    model, inputs = flux
+    seen: list[nn.Module] = []
+    handle = register(lambda module, *_: seen.append(module))
+    try:
+        assert ran(model, inputs) == {}
+        reasons = {reason for _, reasons in uses(model).values() for reason in reasons}
+    finally:
+        handle.remove()
+    assert len(reasons) == 1 and "a hook on all modules" in reasons.pop()
+    assert {model.transformer_blocks[0].ff.net[2], model.single_transformer_blocks[1].attn.to_k} <= set(seen)
+    assert ran(model, inputs) == ALL
+
+
 def test_hooks_that_were_there_before_stay() -> None:
     """Nothing is set over them; what they surround runs module by module."""
     model, inputs = MODELS["flux"]()

@@ -11,7 +11,7 @@ from torch import nn
 
 import nunchaku_py as nq
 from nunchaku_py import ops
-from nunchaku_py.together import concerns, refuses, shared_input
+from nunchaku_py.together import View, concerns, refuses, shared_input
 from tests.checks import run
 from tests.fused import unfused
 from tests.tiny import MODELS
@@ -162,6 +162,18 @@ def test_a_hooked_projection_is_called_as_a_module(attention: nn.Module) -> None
     assert seen == ["to_k"]
     handle.remove()
     assert shared_input([attention.to_q, attention.to_k, attention.to_v])
+
+
+@torch.no_grad()
+def test_a_change_in_place_between_projections_is_noticed(attention: nn.Module, calls: list[int]) -> None:
+    view, x = View(attention), tokens()
+    view.to_q(x)
+    x.mul_(-2)
+    assert torch.equal(view.to_k(x), attention.to_k(x))
+    with torch.inference_mode():  # whose tensors count no versions
+        calls.clear()
+        attention(tokens())
+    assert len(calls) == 2
 
 
 def test_gradients(attention: nn.Module) -> None:

@@ -23,7 +23,7 @@ from ..chain import (
 from ..fusion import Fusion, class_path, hooked, own_forward, why_not_installed
 from ..linear import QuantizedInput, QuantLinear
 from ..split_linear import SplitLinear
-from ..together import View, shared_input
+from ..together import Seen, View, seen, shared_input
 
 FLUX = "diffusers.models.transformers.transformer_flux."
 NORMS = "diffusers.models.normalization."
@@ -116,6 +116,7 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
         return own_forward(block)(block, image, text, temb, image_rotary_emb, joint_attention_kwargs)
     shift, scale, gate, *image_mlp = _modulation(block.norm1, temb, 6)
     text_shift, text_scale, text_gate, *text_mlp = _modulation(block.norm1_context, temb, 6)
+    text = text.view_as(text)  # the view knows inputs by identity, and one tensor may be given as both
     view = View(attention, (_seen(image, block.norm1.norm, scale, shift, attention.to_q),
                             _seen(text, block.norm1_context.norm, text_scale, text_shift, attention.add_q_proj)),
                 to_out=(_Gated(attention.to_out[0], gate, image), _unchanged),
@@ -130,9 +131,9 @@ def _modulation(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]
     return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
-def _seen(x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, site: QuantLinear) -> tuple:
+def _seen(x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, site: QuantLinear) -> Seen:
     """What a view is given instead of the modulated x: x itself stands for it, the processor hands it on unread."""
-    return x, site.input_key, modulated(x, norm, scale, shift, site)
+    return seen(x, site.input_key, modulated(x, norm, scale, shift, site))
 
 
 class _Gated:
@@ -193,9 +194,9 @@ def single_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
                                   joint_attention_kwargs)
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = _modulation(block.norm, temb, 3)
-    seen = _seen(x, block.norm.norm, scale, shift, block.attn.to_q)
-    attention = own_forward(block.attn)(View(block.attn, (seen,)), x, None, None, image_rotary_emb)
-    y = _in_range(_gated_sum(block.proj_out, attention, _mlp(block, seen[2], x.dtype), gate, x))
+    normed = _seen(x, block.norm.norm, scale, shift, block.attn.to_q)
+    attention = own_forward(block.attn)(View(block.attn, (normed,)), x, None, None, image_rotary_emb)
+    y = _in_range(_gated_sum(block.proj_out, attention, _mlp(block, normed.quantized, x.dtype), gate, x))
     return y.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
 

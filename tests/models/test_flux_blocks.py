@@ -107,6 +107,15 @@ def test_positions_and_keywords_reach_the_attention(block: nn.Module) -> None:
     assert relative(y, call(block, image, text, temb)) > 0.001
 
 
+@pytest.mark.parametrize("mode", ["a4", "a8"])
+def test_one_tensor_as_image_and_text(block: nn.Module, mode: str) -> None:
+    nq.set_mode(block, mode)
+    image, _, temb = arguments()
+    with counted() as calls:
+        y = call(block, image, image, temb)
+    assert calls["norm_modulate_quantize"] and same_bits(y, call(block, image, image.clone(), temb))
+
+
 def set_modes(block: nn.Module) -> None:
     block.attn.to_k.set_mode("a16")
 
