@@ -174,6 +174,24 @@ struct Simd {
     // fifth tells equal halves of the table apart.
     return _mm512_permutexvar_epi16(_mm512_madd_epi16(bytes, _mm512_set1_epi32(4097)), table);
   }
+  // The same for two groups of 64 codes in 64 bytes, in their order: a word holds four neighbours, so part i has every
+  // fourth code from the i-th on, sixteen of the first group before sixteen of the second.
+  struct Quads {
+    I part0, part1, part2, part3;
+  };
+  static HalfTable half_tables(F first, F second) {
+    return std::bit_cast<I>(_mm512_cvtne2ps_pbh(second, first));
+  }
+  static Quads lookup_quads(HalfTable tables, const std::uint8_t* nibbles) {
+    const I words = _mm512_loadu_si512(nibbles), low = _mm512_set1_epi16(15);
+    const I second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);  // the table's other half
+    const auto values = [&](I shifted) {
+      constexpr int either = 0xEA;  // (shifted & low) | second
+      return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(shifted, low, second, either), tables);
+    };
+    return {values(words), values(_mm512_srli_epi16(words, 4)), values(_mm512_srli_epi16(words, 8)),
+            values(_mm512_srli_epi16(words, 12))};
+  }
   static F dot_words(F acc, I a, I b) {
     return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
   }
