@@ -7,8 +7,8 @@
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
-constexpr std::int64_t panel_bytes = 256 << 10;   // an expanded panel stays in the second-level cache
-constexpr std::int64_t columns_bytes = 16 << 20;  // packed tokens in the third
+constexpr std::int64_t panel_bytes = 256 << 10;  // an expanded panel stays in the second-level cache
+constexpr std::int64_t columns_bytes = 6 << 20;  // packed tokens in the third, beside what else is used
 constexpr std::int64_t most_panel_rows = 64;
 constexpr std::int64_t fewest_split_tokens = 256;  // a panel is expanded anew by each thread that shares it
 
