@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from .. import native
 from ..calibrate import State, capture_states
 from ..checkpoint import load, save
 from ..errors import NunchakuError
+from ..ops.registry import forced_backend
 from ..quantize import quantize
 from ..site import MODES
 from ..swap import set_mode
@@ -96,7 +98,7 @@ def _bench(out: Path, seed: int, tiny: bool) -> Bench:
     call = {"num_inference_steps": 4, "height": side, "width": side, "max_sequence_length": 32}
     weights = sum(p.numel() for p in pipe.transformer.parameters())
     print(f"a miniature FLUX: {weights / 1e6:.1f} M random weights, hidden size {pipe.transformer.inner_dim}, "
-          f"{side}x{side} pixels, {torch.get_num_threads()} CPU threads, plain PyTorch operators\n")
+          f"{side}x{side} pixels, {torch.get_num_threads()} CPU threads, {_operators()}\n")
     pipe.save_pretrained(out / "flux-16bit")
     states = capture_states(pipe, pipe.transformer, [{"prompt": UNSEEN, **call}], 2, seed=99, show=False)
     bench = Bench(pipe, out, call, states, outputs(pipe.transformer, states), None,
@@ -139,6 +141,12 @@ def _line(cells: list[str]) -> str:
     return "".join(cell.ljust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=False)).rstrip()
 
 
+def _operators() -> str:
+    if native.module is None or forced_backend() == "torch":
+        return "plain PyTorch operators"
+    return f"CPU kernels for {native.cpu_isa()}"
+
+
 def _write(rows: list[Row], path: Path) -> None:
     names = [field.name for field in fields(Row)]
     with path.open("w", newline="") as file:
@@ -152,7 +160,7 @@ def _closing(bench: Bench, rows: list[Row], out: Path, alike: bool, seconds: flo
     return f"""
 {reload}; {len(rows)} rows in {seconds:.0f} s
 error: of the denoiser's output against 16 bit, on a prompt that was not calibrated on; PSNR: of the final image
-step:  one denoiser call by the plain PyTorch operators, which prove the numbers, not the speed of fused kernels
+step:  one denoiser call; a model so small says little of the speed of a large one
 
 The weights are random, so the pictures are noise. What the table shows: the whole way from a pipeline to a 4-bit
 checkpoint and back works, what it saves on disk, and how far each mode is from 16 bit on the same weights.

@@ -5,6 +5,15 @@
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
+// As std::bit_cast, which is compiled for the instruction set of the standard library's header.
+template <class To, class From>
+inline To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 struct Simd {
   static constexpr int W = 16;
   using F = __m512;
@@ -166,7 +175,7 @@ struct Simd {
   // Sixteen bf16 twice, for the words of 32 codes in 16 bytes.
   using HalfTable = __m512i;
   static HalfTable half_table(F sixteen) {
-    return _mm512_broadcast_i64x4(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(sixteen)));
+    return _mm512_broadcast_i64x4(same_bits<__m256i>(_mm512_cvtneps_pbh(sixteen)));
   }
   static I lookup_half(HalfTable table, const std::uint8_t* nibbles) {
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
@@ -180,7 +189,7 @@ struct Simd {
     I part0, part1, part2, part3;
   };
   static HalfTable half_tables(F first, F second) {
-    return std::bit_cast<I>(_mm512_cvtne2ps_pbh(second, first));
+    return same_bits<I>(_mm512_cvtne2ps_pbh(second, first));
   }
   static Quads lookup_quads(HalfTable tables, const std::uint8_t* nibbles) {
     const I words = _mm512_loadu_si512(nibbles), low = _mm512_set1_epi16(15);
@@ -193,11 +202,11 @@ struct Simd {
             values(_mm512_srli_epi16(words, 12))};
   }
   static F dot_words(F acc, I a, I b) {
-    return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
+    return _mm512_dpbf16_ps(acc, same_bits<__m512bh>(a), same_bits<__m512bh>(b));
   }
   // Two products are added at once and subnormal numbers count as zero.
   static F dot_bf16(F acc, I b, std::int32_t a) {
-    return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(b), std::bit_cast<__m512bh>(_mm512_set1_epi32(a)));
+    return _mm512_dpbf16_ps(acc, same_bits<__m512bh>(b), same_bits<__m512bh>(_mm512_set1_epi32(a)));
   }
 #endif
 };
