@@ -162,14 +162,15 @@ WEIGHT_ONLY = Setting("int4", 0, "a16", "w4a16")
 
 def linear_contenders(split: bool, peers: bool, everything: bool) -> list[Contender]:
     """split: the linear is stored in parts, so that its halves are no single calls."""
-    found = [torch_chain(BASELINE, torch.bfloat16), torch_prepacked(), ours(A8)]
+    fp32 = torch_chain("torch fp32", torch.float32)  # where a CPU, or what torch is held to, has no bf16
+    found = [torch_chain(BASELINE, torch.bfloat16), torch_prepacked(), fp32, ours(A8)]
     found += [] if split else [ours(A8, part="quantize_act"), ours(A8, part="multiply")]
     if everything:
         found += [ours(Setting("int4", rank)) for rank in (0, 128)]
         found += [ours(Setting("nvfp4", 32)), *(ours(Setting("int4", 32, mode)) for mode in ("a4", "a16"))]
     if peers:
-        found += [onednn_w8a8(False), onednn_w8a8(True), torch_chain("torch fp32", torch.float32),
-                  torchao_int8(False), torchao_int8(True), sdnq_uint4(use_svd=True, svd_rank=32),
+        found += [onednn_w8a8(False), onednn_w8a8(True), torchao_int8(False), torchao_int8(True),
+                  sdnq_uint4(use_svd=True, svd_rank=32),
                   sdnq_uint4(use_svd=True, svd_rank=32, use_quantized_matmul=True), bitsandbytes_nf4()]
     return found
 

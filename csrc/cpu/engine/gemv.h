@@ -23,7 +23,7 @@ inline TwoSums zero(const TwoSums&) {
   return {Simd::zero(), Simd::zero()};
 }
 
-// How 2W codes, in W bytes, meet tokens. `Plain`: fp32, those of low nibbles before those of high ones.
+// How 2W codes, in W bytes, meet tokens: in fp32, those of low nibbles before those of high ones.
 struct PairsOfFloats {
   using Sum = F;
   using Table = Simd::Table;

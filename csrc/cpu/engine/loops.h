@@ -38,7 +38,7 @@ struct Pieces {
   std::int8_t* bytes;      // one row, expanded
   float* row_scales;       // of one row
   std::int8_t* tables;     // of one row, 16 per group
-  std::int32_t* integers;  // (rows, token_step)
+  std::int32_t* integers;  // W4A4's sums of one group: (rows, token_step)
 };
 
 struct W4A8 {
