@@ -1,0 +1,74 @@
+"""Scenes drawn once and kept as pictures: `python -m benchmarks.training.data`.
+
+`scenes` are what the generators learn from: never a held-out pair of colour and shape. `anything` is what the checker
+learns from: every shape, every pair.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nunchaku_py.demo.render import render
+from nunchaku_py.demo.scenes import Scene, anything, draw
+
+from .loop import OUT
+
+COUNT = {"scenes": 40_000, "anything": 32_000}
+SOURCES: dict[str, Callable[[random.Random], Scene]] = {"scenes": draw, "anything": anything}
+SEEDS = {"scenes": 1, "anything": 2}
+SHARD = 4000
+
+
+@dataclass
+class Pictures:
+    """Scenes with their pictures, uint8 (N, 3, 64, 64)."""
+
+    scenes: list[Scene]
+    pixels: Tensor
+
+    def batch(self, rows: Tensor) -> Tensor:
+        return self.pixels[rows].float() / 255
+
+
+def scenes(name: str, count: int | None = None) -> list[Scene]:
+    """The scenes of a set; shard i is drawn from its own seed."""
+    chance_of = (random.Random(SEEDS[name] * 1000 + shard) for shard in range(1000))
+    found: list[Scene] = []
+    while len(found) < (count or COUNT[name]):
+        chance = next(chance_of)
+        found += [SOURCES[name](chance) for _ in range(SHARD)]
+    return found
+
+
+def pictures(name: str, shards: int | None = None) -> Pictures:
+    """A set, rendered where it has not been before."""
+    drawn = scenes(name, shards and shards * SHARD)
+    folder = OUT / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for shard in range(len(drawn) // SHARD):
+        path = folder / f"{name}-{shard}.pt"
+        if not path.exists():
+            chosen = drawn[shard * SHARD:(shard + 1) * SHARD]
+            torch.save(torch.cat([to_bytes(render(chosen[i:i + 250])) for i in range(0, SHARD, 250)]), path)
+            print(f"rendered {path}", flush=True)
+        parts.append(torch.load(path, weights_only=True))
+    return Pictures(drawn, torch.cat(parts))
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    return (pixels * 255).round().to(torch.uint8)
+
+
+def random_rows(count: int, batch: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(count, (batch,), generator=generator)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in COUNT:
+        pictures(name)

@@ -1,0 +1,106 @@
+"""tiny-flux: a FluxTransformer2DModel and its text encoders, from noise: `python -m benchmarks.training.flux`.
+
+Flow matching: at time σ the model sees (1 − σ)·latents + σ·noise and has to say noise − latents.
+"""
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import text
+from .latents import Examples, examples
+from .loop import Plan, Run
+from .text_models import CLIP_WIDTH, T5_WIDTH, TOKENS
+from .vae import LATENT_CHANNELS
+
+PLAN = Plan(steps=4000, batch=128, rate=1.5e-3)
+GRID = 8  # patches of 2 × 2 latents in each direction
+MODULATIONS = ("norm1.linear", "norm1_context.linear", ".norm.linear", "norm_out.linear")
+EVEN = 0.2  # part of the times drawn evenly; the others logit-normal, where most is to be learnt
+
+
+def transformer() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=128,
+        num_attention_heads=2, joint_attention_dim=T5_WIDTH, pooled_projection_dim=CLIP_WIDTH, guidance_embeds=False,
+        axes_dims_rope=(16, 56, 56))
+
+
+def packed(latents: Tensor) -> Tensor:
+    """(B, C, 2h, 2w) → (B, h·w, 4C), as the pipeline packs them."""
+    batch, channels, height, width = latents.shape
+    parts = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
+
+
+def image_ids() -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    return torch.stack([torch.zeros(GRID, GRID), rows, columns], -1).reshape(-1, 3).float()
+
+
+def times(count: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(count, generator=generator).sigmoid()
+    return torch.where(torch.rand(count, generator=generator) < EVEN, torch.rand(count, generator=generator), drawn)
+
+
+class Drawer(nn.Module):
+    """Everything that is trained: the denoiser and what reads its prompts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        found = text.trained()
+        self.t5, self.clip, self.transformer = found["t5"], found["clip"], _started(transformer())
+
+    def forward(self, x: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor) -> Tensor:
+        words, _ = text.read_states("t5", self.t5, t5)
+        _, pooled = text.read_states("clip", self.clip, clip)
+        return self.transformer(
+            hidden_states=x, encoder_hidden_states=words, pooled_projections=pooled, timestep=sigma,
+            txt_ids=torch.zeros(TOKENS, 3), img_ids=image_ids(), return_dict=False)[0]
+
+
+def _started(model: nn.Module) -> nn.Module:
+    """Modulations and the last layer start at zero, so that every block starts as the identity."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name == "proj_out" or name.endswith(MODULATIONS):
+                module.weight.zero_()
+                module.bias.zero_()
+    return model
+
+
+def flow_loss(drawer: nn.Module, data: Examples, batch: int, generator: torch.Generator) -> Tensor:
+    latents, t5, clip = data.batch(batch, generator)
+    latents = packed(latents)
+    noise, sigma = torch.randn(latents.shape, generator=generator), times(batch, generator)
+    at = sigma[:, None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = drawer((1 - at) * latents + at * noise, sigma, t5, clip)
+    return F.mse_loss(found.float(), noise - latents)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=PLAN.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(PLAN.seed)
+    data = examples()
+    run = Run("flux", Drawer(), replace(PLAN, steps=arguments.steps))
+    drawer = torch.compile(run.module)
+
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return flow_loss(drawer, data, PLAN.batch, generator), {}
+
+    run.train(loss)
+
+
+if __name__ == "__main__":
+    main()

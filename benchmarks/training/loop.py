@@ -1,0 +1,172 @@
+"""The loop every training script here uses: seeded, resumable, logged.
+
+A run lives in a folder: `state.pt` (weights, optimizer, step; written to a temporary name, then renamed) and `log.csv`.
+Step n draws its data from a generator seeded by (seed, n), so a run that was stopped and resumed sees what it would
+have seen. Ctrl-C, or a polite kill, saves before it leaves.
+"""
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OUT = Path(os.environ.get("NUNCHAKU_PY_TRAINING", "outputs/training"))
+LOG_EVERY, SAVE_EVERY = 50, 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast: a linear warm-up, a plateau, a linear fall to nothing over the last part, `fall`."""
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 200
+    fall: float = 0.4
+    decay: float = 0.01
+    average: float = 0.999
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        rise = (step + 1) / self.warmup
+        left = (self.steps - step) / max(1, self.fall * self.steps)
+        return self.rate * max(0.0, min(1.0, rise, left))
+
+    def generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed << 32) + step)
+
+
+Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass
+class Run:
+    """One training: `module` holds all that is trained; `averaged`, a moving average of it, is what is kept."""
+
+    name: str
+    module: nn.Module
+    plan: Plan
+    step: int = 0
+    averaged: dict[str, Tensor] = field(default_factory=dict)
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.averaged = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        self.optimizers = _optimizers(self.module, self.plan)
+        if self._state.exists():
+            self._resume(torch.load(self._state, weights_only=True))
+
+    @property
+    def folder(self) -> Path:
+        return OUT / self.name
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "state.pt"
+
+    def train(self, loss: Loss) -> None:
+        with _saved_at_the_end(self):
+            self._train(loss)
+
+    def _train(self, loss: Loss) -> None:
+        self.module.train()
+        heard: dict[str, float] = {}
+        started, since = time.monotonic(), self.step
+        while self.step < self.plan.steps:
+            found, values = loss(self.step, self.plan.generator(self.step))
+            found.backward()
+            self._update()
+            self.step += 1
+            for name, value in {"loss": found.item(), **values}.items():
+                heard[name] = heard.get(name, 0.0) + value / LOG_EVERY
+            if self.step % LOG_EVERY == 0:
+                seconds = (time.monotonic() - started) / (self.step - since)
+                self._log({**heard, "samples_per_second": self.plan.batch / seconds})
+                heard = {}
+                started, since = time.monotonic(), self.step
+            if self.step % SAVE_EVERY == 0:
+                self.save()
+
+    def _update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.plan.rate_at(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        weight = 1 - min(self.plan.average, (self.step + 1) / (self.step + 10))
+        for name, value in self.module.state_dict().items():
+            kept = self.averaged[name]
+            if value.is_floating_point():
+                kept.lerp_(value.detach(), weight)
+            else:
+                kept.copy_(value)
+
+    def save(self) -> None:
+        parts = {"step": self.step, "module": self.module.state_dict(), "averaged": self.averaged,
+                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        draft = self._state.with_suffix(".part")
+        torch.save(parts, draft)
+        os.replace(draft, self._state)
+
+    def _resume(self, parts: dict[str, Any]) -> None:
+        self.step = parts["step"]
+        self.module.load_state_dict(parts["module"])
+        self.averaged = parts["averaged"]
+        for optimizer, state in zip(self.optimizers, parts["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        print(f"{self.name}: going on from step {self.step}", flush=True)
+
+    def _log(self, values: dict[str, float]) -> None:
+        row = {"step": self.step, **{name: f"{value:.5g}" for name, value in values.items()}}
+        path = self.folder / "log.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        left = (self.plan.steps - self.step) * self.plan.batch / values["samples_per_second"]
+        print(f"{self.name} " + "  ".join(f"{name} {value}" for name, value in row.items())
+              + f"  of {self.plan.steps}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+
+def averaged(name: str) -> dict[str, Tensor]:
+    """The weights a finished or interrupted run has to give."""
+    return torch.load(OUT / name / "state.pt", weights_only=True)["averaged"]
+
+
+def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside, AdamW for what reads and writes them, for norms, biases and convolutions."""
+    matrices, others = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            inner = parameter.ndim == 2 and min(parameter.shape) >= 64 and "embed" not in name and "shared" not in name
+            (matrices if inner else others).append(parameter)
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, plan.rate, (0.9, 0.98), weight_decay=0.0)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, plan.rate, plan.decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+@contextmanager
+def _saved_at_the_end(run: Run) -> Iterator[None]:
+    for asked in (signal.SIGINT, signal.SIGTERM):  # set here too: a shell's background jobs start with SIGINT ignored
+        signal.signal(asked, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.save()
+        sys.exit(f"\nstopped at step {run.step} of {run.plan.steps}; the same command goes on from there")
+    run.save()

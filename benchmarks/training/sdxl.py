@@ -1,0 +1,95 @@
+"""tiny-sdxl: a UNet2DConditionModel and its two text encoders, from noise: `python -m benchmarks.training.sdxl`.
+
+Diffusion over SDXL's thousand steps; the model says the velocity √ā·noise − √(1 − ā)·latents.
+"""
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nunchaku_py.demo.scenes import SIDE
+
+from . import text
+from .latents import Examples, examples
+from .loop import Plan, Run
+from .text_models import CLIP_WIDTH, WIDE_CLIP_WIDTH
+from .vae import LATENT_CHANNELS
+
+PLAN = Plan(steps=4000, batch=128, rate=1.5e-3)
+SIZES = (SIDE, SIDE, 0, 0, SIDE, SIDE)  # original size, crop, target size: there is one size only
+TIME_WIDTH = 32
+
+
+def unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=(64, 128),
+        layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1),
+        attention_head_dim=(1, 2),  # so it is called; these are numbers of heads, of 64 each
+        cross_attention_dim=CLIP_WIDTH + WIDE_CLIP_WIDTH, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH, projection_class_embeddings_input_dim=6 * TIME_WIDTH + WIDE_CLIP_WIDTH,
+        norm_num_groups=16)
+
+
+def scheduler() -> Any:
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+        timestep_spacing="trailing", steps_offset=1)
+
+
+class Drawer(nn.Module):
+    """Everything that is trained: the denoiser and what reads its prompts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        found = text.trained()
+        self.clip, self.wide_clip, self.unet = found["clip"], found["wide_clip"], unet()
+
+    def forward(self, x: Tensor, step: Tensor, clip: Tensor) -> Tensor:
+        words, _ = text.read_states("clip", self.clip, clip)
+        wide_words, pooled = text.read_states("wide_clip", self.wide_clip, clip)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([SIZES]).expand(len(x), -1).to(x)}
+        return self.unet(x, step, torch.cat([words, wide_words], -1), added_cond_kwargs=added, return_dict=False)[0]
+
+
+def velocity_loss(drawer: nn.Module, kept: Tensor, data: Examples, batch: int, generator: torch.Generator) -> Tensor:
+    """kept: ā of each step"""
+    latents, _, clip = data.batch(batch, generator)
+    latents = latents.to(memory_format=torch.channels_last)
+    noise = torch.randn(latents.shape, generator=generator)
+    step = torch.randint(len(kept), (batch,), generator=generator)
+    signal, spread = (part[step].sqrt()[:, None, None, None] for part in (kept, 1 - kept))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = drawer(signal * latents + spread * noise, step, clip)
+    return F.mse_loss(found.float(), signal * noise - spread * latents)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=PLAN.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(PLAN.seed)
+    data = examples()
+    kept = scheduler().alphas_cumprod
+    run = Run("sdxl", Drawer().to(memory_format=torch.channels_last), replace(PLAN, steps=arguments.steps))
+    drawer = torch.compile(run.module)
+
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return velocity_loss(drawer, kept, data, PLAN.batch, generator), {}
+
+    run.train(loss)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Puts the trained weights where the package ships them: `python -m benchmarks.training.ship`.
+
+Pipelines as 16-bit safetensors in diffusers' own folders, the checker as one file, and the log of each run.
+"""
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nunchaku_py.demo import checker, shipped
+
+from . import flux, sdxl
+from .checker import trained as trained_checker
+from .data import pictures
+from .latents import encoded
+from .loop import OUT, averaged
+from .text_models import clip_tokenizer, t5_tokenizer
+from .vae import trained as trained_vae
+
+LOGS = Path("benchmarks/training/logs")
+LIMIT = 12e6  # bytes of a pipeline, everything in it counted
+
+
+def flux_pipeline() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    drawer = _filled(flux.Drawer(), "flux")
+    _, shift, scale = encoded(pictures("scenes").pixels)
+    vae = trained_vae()
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=drawer.transformer,
+        text_encoder=drawer.clip, tokenizer=clip_tokenizer(), text_encoder_2=drawer.t5, tokenizer_2=t5_tokenizer())
+
+
+def sdxl_pipeline() -> Any:
+    """Its VAE says the shift as latents_mean: StableDiffusionXLPipeline knows no shift_factor."""
+    from diffusers import StableDiffusionXLPipeline
+
+    drawer = _filled(sdxl.Drawer(), "sdxl")
+    _, shift, scale = encoded(pictures("scenes").pixels)
+    vae = trained_vae()
+    channels = vae.config.latent_channels
+    vae.register_to_config(scaling_factor=scale, shift_factor=None, latents_mean=[shift] * channels,
+                           latents_std=[1.0] * channels, force_upcast=False)
+    return StableDiffusionXLPipeline(
+        scheduler=sdxl.scheduler(), vae=vae, unet=drawer.unet, text_encoder=drawer.clip, tokenizer=clip_tokenizer(),
+        text_encoder_2=drawer.wide_clip, tokenizer_2=clip_tokenizer(), force_zeros_for_empty_prompt=False,
+        add_watermarker=False)
+
+
+PIPELINES = {"tiny-flux": flux_pipeline, "tiny-sdxl": sdxl_pipeline}
+
+
+def _filled(drawer: nn.Module, run: str) -> nn.Module:
+    drawer.load_state_dict(averaged(run))
+    return drawer.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", choices=[*PIPELINES, "checker", []], help="default: everything")
+    chosen = parser.parse_args().what or [*PIPELINES, "checker"]
+    for name in chosen:
+        if name == "checker":
+            _ship_checker()
+        else:
+            _ship_pipeline(name)
+    LOGS.mkdir(exist_ok=True)
+    for log in OUT.glob("*/log.csv"):
+        shutil.copy(log, LOGS / f"{log.parent.name}.csv")
+
+
+def _ship_pipeline(name: str) -> None:
+    folder = shipped.WEIGHTS / name
+    shutil.rmtree(folder, ignore_errors=True)
+    PIPELINES[name]().to(torch.bfloat16).save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.2f} MB")
+    if size > LIMIT:
+        raise SystemExit(f"{name} is larger than {LIMIT / 1e6:.0f} MB")
+
+
+def _ship_checker() -> None:
+    from safetensors.torch import save_file
+
+    values = {name: value.bfloat16() if value.is_floating_point() else value
+              for name, value in trained_checker().state_dict().items()}
+    save_file(values, checker.WEIGHTS)
+    print(f"{checker.WEIGHTS}: {checker.WEIGHTS.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

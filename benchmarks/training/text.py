@@ -1,0 +1,136 @@
+"""The text encoders learn to read before anything is drawn: `python -m benchmarks.training.text`.
+
+The state of a word that names a thing has to tell the thing's colour, texture, size, place and relation, the state of
+'background' which one, and the pooled state which pairs of colour and shape there are. The heads that ask are thrown
+away; the denoisers then train the encoders on.
+"""
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nunchaku_py.demo.scenes import COLOURS, NEW_SHAPES, SHAPES
+
+from . import captions as texts
+from .data import random_rows, scenes
+from .loop import Plan, Run, averaged
+from .text_models import CLIP_WIDTH, T5_WIDTH, WIDE_CLIP_WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
+
+PLAN = Plan(steps=2500, batch=128, rate=2e-3)
+# Encoder → (its class of tokens, width of a state, width of the pooled one or 0).
+ENCODERS = {"t5": ("t5", T5_WIDTH, 0), "clip": ("clip", CLIP_WIDTH, CLIP_WIDTH),
+            "wide_clip": ("clip", WIDE_CLIP_WIDTH, WIDE_CLIP_WIDTH)}
+ANSWERS = [1 + len(values) for values in texts.SAID.values()] + [1 + 2 * texts.RELATED]
+GROUND_ANSWERS = [1 + len(values) for values in texts.GROUND.values()]
+NOUNS = SHAPES + NEW_SHAPES
+
+
+def encoders() -> nn.ModuleDict:
+    return nn.ModuleDict({"t5": t5_encoder(), "clip": clip_encoder(), "wide_clip": clip_encoder(WIDE_CLIP_WIDTH, True)})
+
+
+def trained() -> nn.ModuleDict:
+    found = encoders()
+    found.load_state_dict({name[len("encoders."):]: value for name, value in averaged("text").items()
+                           if name.startswith("encoders.")})
+    return found
+
+
+def read_states(name: str, encoder: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(states of words, pooled) as the pipelines take them: CLIP's words from the layer before the last."""
+    if name == "t5":
+        return encoder(tokens).last_hidden_state, None
+    found = encoder(tokens, output_hidden_states=True)
+    return found.hidden_states[-2], found.text_embeds if name == "wide_clip" else found.pooler_output
+
+
+class Reader(nn.Module):
+    """The encoders with the heads that question them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = encoders()
+        self.of_things = nn.ModuleDict({name: nn.Linear(width, sum(ANSWERS))
+                                        for name, (_, width, _) in ENCODERS.items()})
+        self.of_ground = nn.ModuleDict({name: nn.Linear(width, sum(GROUND_ANSWERS))
+                                        for name, (_, width, _) in ENCODERS.items()})
+        self.of_all = nn.ModuleDict({name: nn.Linear(pooled, len(COLOURS) * len(NOUNS) + sum(GROUND_ANSWERS))
+                                     for name, (_, _, pooled) in ENCODERS.items() if pooled})
+
+    def questioned(self, name: str, tokens: Tensor, key: Key, rows: Tensor) -> Tensor:
+        states, pooled = read_states(name, self.encoders[name], tokens)
+        things, ground = key.where[ENCODERS[name][0]]
+        at = things[rows]
+        said = at >= 0
+        found = states.gather(1, at.clamp_min(0)[..., None].expand(-1, -1, states.shape[-1]))[said]
+        loss = _asked(self.of_things[name](found), key.things[rows][said], ANSWERS)
+        last = ground[rows]
+        named = last >= 0
+        state = states[torch.arange(len(rows)), last.clamp_min(0)][named]
+        loss = loss + _asked(self.of_ground[name](state), key.ground[rows][named], GROUND_ANSWERS)
+        if pooled is not None:
+            pairs, grounds = self.of_all[name](pooled).split([len(COLOURS) * len(NOUNS), sum(GROUND_ANSWERS)], 1)
+            loss = loss + 10 * F.binary_cross_entropy_with_logits(pairs, key.pairs[rows])
+            loss = loss + _asked(grounds, key.ground[rows], GROUND_ANSWERS)
+        return loss
+
+
+def _asked(logits: Tensor, wanted: Tensor, sizes: list[int]) -> Tensor:
+    return sum(F.cross_entropy(part, wanted[:, i]) for i, part in enumerate(logits.split(sizes, dim=1)))
+
+
+class Key:
+    """The right answers, and at which token of each caption they are asked."""
+
+    def __init__(self, sentences: list[str], tokens: texts.Tokens):
+        claims = texts.claims_of(sentences)
+        rows = [texts.claimed(claim) for claim in claims]
+        blank = [0] * len(ANSWERS)
+        self.things = torch.tensor([(row + [blank] * 3)[:3] for row in rows])
+        self.ground = torch.tensor([texts.claimed_ground(claim) for claim in claims])
+        self.pairs = torch.zeros(len(rows), len(COLOURS) * len(NOUNS))
+        for i, claim in enumerate(claims):
+            for thing in claim.things:
+                self.pairs[i, COLOURS.index(thing.colour) * len(NOUNS) + NOUNS.index(thing.shape)] = 1
+        self.where = {"t5": _places(tokens.t5, t5_tokenizer()), "clip": _places(tokens.clip, clip_tokenizer())}
+
+
+def _places(tokens: Tensor, tokenizer: object) -> tuple[Tensor, Tensor]:
+    """Positions of the up to three words that name things, and of 'background'; −1: none."""
+    of = {word: tokenizer(word, add_special_tokens=False).input_ids[0] for word in (*NOUNS, "background")}
+    nouns = torch.isin(tokens, torch.tensor([of[word] for word in NOUNS]))
+    order = nouns.int().cumsum(1) * nouns
+    things = torch.stack([torch.where((order == k).any(1), (order == k).int().argmax(1), -1) for k in (1, 2, 3)], 1)
+    ground = tokens == of["background"]
+    return things, torch.where(ground.any(1), ground.int().argmax(1), -1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=PLAN.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(PLAN.seed)
+    sentences = texts.captions(scenes("scenes"))
+    tokens = texts.tokens(sentences)
+    key = Key(sentences, tokens)
+    reader = Reader()
+
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = random_rows(len(sentences), PLAN.batch, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = {name: reader.questioned(name, getattr(tokens, kind)[rows], key, rows)
+                     for name, (kind, _, _) in ENCODERS.items()}
+        return sum(chain(found.values())), {name: value.item() for name, value in found.items()}
+
+    Run("text", reader, replace(PLAN, steps=arguments.steps)).train(loss)
+
+
+if __name__ == "__main__":
+    main()

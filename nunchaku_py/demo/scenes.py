@@ -1,0 +1,185 @@
+"""Scenes, the sentences that describe them, and what a sentence claims.
+
+A scene is one to three things on a background. `draw` makes one at random, `describe` says a part of what is seen in
+it, and `read` gives back what a sentence claims, so that a picture can be checked against the sentence alone.
+"""
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from ..errors import NunchakuError
+
+SIDE = 64  # coordinates and radii are in pixels of a picture of this side
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+NEW_SHAPES = ("heart",)  # in no scene of the base models: what a LoRA can teach
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+TEXTURES = ("plain", "striped", "dotted", "fading")
+SIZES = ("small", "large")
+BACKGROUNDS = ("black", "white", "gray", "brown")
+BACKDROPS = ("plain", "fading", "checkered")
+PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the center", "on the right",
+          "at the bottom left", "at the bottom", "at the bottom right")
+RELATIONS = ("to the left of", "to the right of", "above", "below")
+# Colour and shape never seen together in training: one for each shape.
+HELD_OUT = frozenset({("red", "star"), ("blue", "circle"), ("green", "triangle"), ("yellow", "square"),
+                      ("purple", "ring"), ("cyan", "cross")})
+LONGEST = 28  # words of a caption, commas counted
+
+RADII = {"small": (7.6, 8.8), "large": (12.0, 13.4)}
+_COUNTS = (1, 2, 3)
+_COUNT_WEIGHTS = (0.35, 0.4, 0.25)
+_OPENINGS = ("", "a picture of ", "there is ")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """x, y: the centre; angle in radians."""
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Of two things, the first stands in `relation` to the second; of one or three, `places` says where each is."""
+
+    things: tuple[Thing, ...]
+    background: str
+    backdrop: str
+    relation: str | None = None
+    places: tuple[str, ...] = ()
+
+    @property
+    def held_out(self) -> bool:
+        return any((thing.colour, thing.shape) in HELD_OUT for thing in self.things)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a sentence says of one thing; None: nothing."""
+
+    shape: str
+    colour: str
+    texture: str | None = None
+    size: str | None = None
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a sentence says. `relation` is of the first thing to the second."""
+
+    things: tuple[Claim, ...]
+    relation: str | None = None
+    background: str | None = None
+    backdrop: str | None = None
+
+
+def draw(chance: random.Random, held_out: bool = False, shapes: tuple[str, ...] = SHAPES) -> Scene:
+    """A random scene: one with a held-out pair of colour and shape in it, or one without any."""
+    while True:
+        scene = _any_scene(chance, shapes)
+        if scene.held_out == held_out:
+            return scene
+
+
+def anything(chance: random.Random) -> Scene:
+    """A random scene of all shapes, held-out pairs included: what the checker has to know."""
+    return _any_scene(chance, SHAPES + NEW_SHAPES)
+
+
+def _any_scene(chance: random.Random, shapes: tuple[str, ...]) -> Scene:
+    count = chance.choices(_COUNTS, _COUNT_WEIGHTS)[0]
+    relation, places, spots = _arrangement(chance, count)
+    things = tuple(_thing(chance, shapes, x, y) for x, y in spots)
+    return Scene(things, chance.choice(BACKGROUNDS), chance.choice(BACKDROPS), relation, places)
+
+
+def _arrangement(chance: random.Random, count: int) -> tuple[str | None, tuple[str, ...], list[tuple[float, float]]]:
+    """(relation, places, centres): one thing in a 3 by 3 grid, two side by side or stacked, three in corners."""
+    if count == 2:
+        relation = chance.choice(RELATIONS)
+        along, across = (17.0, 47.0), 32 + chance.uniform(-9, 9)
+        if relation in ("to the right of", "below"):
+            along = along[::-1]
+        sideways = relation.startswith("to")
+        spots = [(a, across + chance.uniform(-3, 3)) if sideways else (across + chance.uniform(-3, 3), a)
+                 for a in along]
+        return relation, (), [_jittered(chance, x, y) for x, y in spots]
+    cells = chance.sample((0, 2, 6, 8), 3) if count == 3 else [chance.randrange(9)]
+    spots = [_jittered(chance, 17 + 15 * (cell % 3), 17 + 15 * (cell // 3)) for cell in cells]
+    return None, tuple(PLACES[cell] for cell in cells), spots
+
+
+def _jittered(chance: random.Random, x: float, y: float) -> tuple[float, float]:
+    return x + chance.uniform(-2, 2), y + chance.uniform(-2, 2)
+
+
+def _thing(chance: random.Random, shapes: tuple[str, ...], x: float, y: float) -> Thing:
+    size = chance.choice(SIZES)
+    return Thing(chance.choice(shapes), chance.choice(COLOURS), chance.choices(TEXTURES, (2, 1, 1, 1))[0], size, x, y,
+                 chance.uniform(*RADII[size]), chance.uniform(-0.2, 0.2))
+
+
+def describe(scene: Scene, chance: random.Random) -> str:
+    """A sentence that says some of what is in the scene; colours and shapes always."""
+    while True:
+        caption = _sentence(scene, chance)
+        if len(re.findall(r"\w+|,", caption)) <= LONGEST:
+            return caption
+
+
+def _sentence(scene: Scene, chance: random.Random) -> str:
+    phrases = [_phrase(thing, chance) for thing in scene.things]
+    for i, place in enumerate(scene.places):
+        if chance.random() < (0.8 if len(phrases) == 1 else 0.35):
+            phrases[i] += f" {place}"
+    if len(phrases) == 2:
+        related = scene.relation if chance.random() < 0.7 else "and"
+        things = f"{phrases[0]} {related} {phrases[1]}"
+    else:
+        things = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+    opening = chance.choice(_OPENINGS)
+    if chance.random() < 0.1:
+        return opening + things
+    kind = "" if scene.backdrop == "plain" else f"{scene.backdrop} "
+    ground = f"on a {kind}{scene.background} background"
+    return f"{ground}, {things}" if chance.random() < 0.2 else f"{opening}{things} {ground}"
+
+
+def _phrase(thing: Thing, chance: random.Random) -> str:
+    said = 0.3 if thing.texture == "plain" else 0.85
+    words = [thing.size if chance.random() < 0.65 else "", thing.texture if chance.random() < said else "",
+             thing.colour, thing.shape]
+    words = [word for word in words if word]
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+_THING = re.compile(
+    rf"\b(?:an? )?(?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<texture>{'|'.join(TEXTURES)}) )?"
+    rf"(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES + NEW_SHAPES)})"
+    rf"(?: (?P<place>{'|'.join(sorted(PLACES, key=len, reverse=True))})\b)?")
+_GROUND = re.compile(
+    rf"on an? (?:(?P<backdrop>{'|'.join(BACKDROPS)}) )?(?P<background>{'|'.join(BACKGROUNDS)}) background")
+_RELATED = re.compile(rf"^ ({'|'.join(RELATIONS)}) $")
+
+
+def read(caption: str) -> Claims:
+    """What a caption claims; NunchakuError where it names no thing of this world."""
+    text = " ".join(caption.lower().split())
+    found = list(_THING.finditer(text))
+    if not found:
+        raise NunchakuError(f"'{caption}' names no thing that can be checked: say a colour ({', '.join(COLOURS)}) and "
+                            f"a shape ({', '.join(SHAPES + NEW_SHAPES)})")
+    ground = _GROUND.search(text)
+    between = _RELATED.match(text[found[0].end():found[1].start()]) if len(found) == 2 else None
+    return Claims(tuple(Claim(**match.groupdict()) for match in found), between and between.group(1),
+                  *((ground["background"], ground["backdrop"]) if ground else (None, None)))
