@@ -1,14 +1,12 @@
 """The demonstration: its models are reproducible, its measures are right, and the small form runs end to end."""
 
 import csv
-import math
 from pathlib import Path
 
-import pytest
 import torch
 
 from nunchaku_py import cli
-from nunchaku_py.demo import TINY, flux_pipeline, flux_transformer, measure
+from nunchaku_py.demo import TINY, flux_pipeline, flux_transformer
 from nunchaku_py.demo.tokens import byte_tokenizer
 
 
@@ -34,19 +32,6 @@ def test_tokenizer_has_one_token_per_byte():
     ids = tokenizer("cät", padding="max_length", truncation=True).input_ids
     assert len(ids) == 16 and len(tokenizer("cät").input_ids) == 5  # four bytes and the end
     assert tokenizer.decode(ids, skip_special_tokens=True) == "cät"
-
-
-def test_measures():
-    from PIL import Image
-
-    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    assert measure.psnr(black, black) == math.inf
-    assert measure.psnr(grey, black) == pytest.approx(20 * math.log10(5))
-    assert measure.relative_error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 4.0])) == pytest.approx(0.75)
-    linear = torch.nn.Linear(2, 2)
-    assert measure.same_bits(linear, linear, [])
-    other = torch.nn.Linear(2, 2)
-    assert not measure.same_bits(linear, other, [])
 
 
 def test_demo_end_to_end(tmp_path: Path, capsys):

@@ -1,18 +1,20 @@
 """What the demonstration measures of a denoiser: time of a step, error against 16 bit, and images."""
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..calibrate import State
+from ..errors import NunchakuError
 
 REPEATS = 3
+WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2  # of structural similarity, for values in [0, 1]
 
 
 def outputs(model: nn.Module, states: Iterable[State]) -> Tensor:
@@ -48,13 +50,47 @@ def image(pipe: Any, prompt: str, seed: int, **call: Any) -> Any:
         return pipe(prompt, generator=generator, **call).images[0]
 
 
-def psnr(found: Any, expected: Any) -> float:
-    """Peak signal-to-noise ratio of two PIL images in dB: 10·log₁₀(255² / mean squared difference)."""
+def pixels(pictures: Sequence[Any]) -> Tensor:
+    """PIL images of one size as (B, 3, H, W) in [0, 1]."""
     import numpy
 
-    a, b = (numpy.asarray(picture, dtype=numpy.float64) for picture in (found, expected))
-    error = float(((a - b) ** 2).mean())
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    return torch.stack([torch.from_numpy(numpy.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+                        for picture in pictures])
+
+
+def psnr(found: Tensor, expected: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures (B, C, H, W) in [0, 1]: (B,) dB, −10·log₁₀(mean squared difference)."""
+    _check_pictures(found, expected)
+    return -10 * (found.double() - expected.double()).square().mean((1, 2, 3)).log10()
+
+
+def ssim(found: Tensor, expected: Tensor) -> Tensor:
+    """Structural similarity of pictures (B, C, H, W) in [0, 1], (B,), as Wang et al. 2004 measure it of each channel:
+    the mean of (2·μxμy + c1)(2·σxy + c2) / ((μx² + μy² + c1)(σx² + σy² + c2)) over all windows inside the picture.
+    """
+    _check_pictures(found, expected, WINDOW)
+    x, y = found.double(), expected.double()
+    mean_x, mean_y = _blurred(x), _blurred(y)
+    spread_x, spread_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
+    together = _blurred(x * y) - mean_x * mean_y
+    top = (2 * mean_x * mean_y + C1) * (2 * together + C2)
+    bottom = (mean_x**2 + mean_y**2 + C1) * (spread_x + spread_y + C2)
+    return (top / bottom).mean((1, 2, 3))
+
+
+def _blurred(x: Tensor) -> Tensor:
+    """The Gaussian mean around each pixel whose window lies inside the picture."""
+    at = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    weights = torch.exp(-0.5 * (at / SIGMA) ** 2)
+    weights = (weights / weights.sum()).repeat(x.shape[1], 1, 1, 1)
+    rows = F.conv2d(x, weights, groups=x.shape[1])
+    return F.conv2d(rows, weights.transpose(2, 3), groups=x.shape[1])
+
+
+def _check_pictures(found: Tensor, expected: Tensor, least: int = 1) -> None:
+    if found.ndim != 4 or found.shape != expected.shape or min(found.shape[2:]) < least:
+        raise NunchakuError(f"pictures: expected two of one shape (B, C, H, W) of at least {least}x{least} pixels, "
+                            f"got {tuple(found.shape)} and {tuple(expected.shape)}")
 
 
 def same_bits(first: nn.Module, second: nn.Module, states: Iterable[State]) -> bool:

@@ -20,7 +20,7 @@ from ..ops.registry import forced_backend
 from ..quantize import quantize
 from ..site import MODES
 from ..swap import set_mode
-from .measure import image, outputs, psnr, relative_error, same_bits, step_seconds
+from .measure import image, outputs, pixels, psnr, relative_error, same_bits, step_seconds
 from .models import DEMO, TINY, flux_pipeline
 
 PROMPTS = ("a lighthouse at dusk", "two cats on a red sofa", "a map of an island", "rain on a window")
@@ -126,7 +126,8 @@ def _variant(bench: Bench, recipe: str, calibrated: bool) -> Iterator[Row]:
         disk = _disk(folder)
         yield Row(name, disk, bench.disk_bytes / disk, seconds, mode, 1000 * step_seconds(again, bench.states[0]),
                   relative_error(outputs(again, bench.states), bench.expected),
-                  psnr(bench.paint(pipe, f"{name}-{mode}"), bench.picture), "same bits" if alike else "DIFFERS")
+                  psnr(*map(pixels, ([bench.paint(pipe, f"{name}-{mode}")], [bench.picture]))).item(),
+                  "same bits" if alike else "DIFFERS")
 
 
 def _step(bench: Bench) -> str:
