@@ -17,7 +17,7 @@ from .loop import Plan, Run
 from .text_models import CLIP_WIDTH, T5_WIDTH, TOKENS
 from .vae import LATENT_CHANNELS
 
-PLAN = Plan(steps=4000, batch=128, rate=1.5e-3)
+PLAN = Plan(steps=4000, batch=64, rate=1.5e-3)
 GRID = 8  # patches of 2 × 2 latents in each direction
 MODULATIONS = ("norm1.linear", "norm1_context.linear", ".norm.linear", "norm_out.linear")
 EVEN = 0.2  # part of the times drawn evenly; the others logit-normal, where most is to be learnt
@@ -52,10 +52,9 @@ def times(count: int, generator: torch.Generator) -> Tensor:
 class Drawer(nn.Module):
     """Everything that is trained: the denoiser and what reads its prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, t5: nn.Module, clip: nn.Module, transformer: nn.Module) -> None:
         super().__init__()
-        found = text.trained()
-        self.t5, self.clip, self.transformer = found["t5"], found["clip"], _started(transformer())
+        self.t5, self.clip, self.transformer = t5, clip, transformer
 
     def forward(self, x: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor) -> Tensor:
         words, _ = text.read_states("t5", self.t5, t5)
@@ -63,6 +62,12 @@ class Drawer(nn.Module):
         return self.transformer(
             hidden_states=x, encoder_hidden_states=words, pooled_projections=pooled, timestep=sigma,
             txt_ids=torch.zeros(TOKENS, 3), img_ids=image_ids(), return_dict=False)[0]
+
+
+def fresh() -> Drawer:
+    """Encoders that can read, and a denoiser that knows nothing."""
+    found = text.trained()
+    return Drawer(found["t5"], found["clip"], _started(transformer()))
 
 
 def _started(model: nn.Module) -> nn.Module:
@@ -93,11 +98,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(PLAN.seed)
     data = examples()
-    run = Run("flux", Drawer(), replace(PLAN, steps=arguments.steps))
-    drawer = torch.compile(run.module)
+    run = Run("flux", fresh(), replace(PLAN, steps=arguments.steps))
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        return flow_loss(drawer, data, PLAN.batch, generator), {}
+        return flow_loss(run.module, data, PLAN.batch, generator), {}
 
     run.train(loss)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import captions as texts
 from .data import pictures, random_rows
 from .loop import OUT
-from .vae import trained as trained_vae
+from .vae import trained_first
 
 UNCONDITIONAL = 0.1  # part of the captions that are left out, so that classifier-free guidance works
 BATCH = 200
@@ -42,7 +42,7 @@ def encoded(pixels: Tensor) -> tuple[Tensor, float, float]:
     """(latents, shift, scale) as the autoencoder's config names them; encoded once."""
     path = OUT / "latents.pt"
     if not path.exists():
-        vae = trained_vae()
+        vae = trained_first()
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             parts = [vae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0].half() for part in pixels.split(BATCH)]
         torch.save(torch.cat(parts), path)

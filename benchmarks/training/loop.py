@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 OUT = Path(os.environ.get("NUNCHAKU_PY_TRAINING", "outputs/training"))
-LOG_EVERY, SAVE_EVERY = 50, 500
+LOG_EVERY, SAVE_EVERY = 50, 250
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .loop import Plan, Run
 from .text_models import CLIP_WIDTH, WIDE_CLIP_WIDTH
 from .vae import LATENT_CHANNELS
 
-PLAN = Plan(steps=4000, batch=128, rate=1.5e-3)
+PLAN = Plan(steps=4000, batch=64, rate=1e-3)
 SIZES = (SIDE, SIDE, 0, 0, SIDE, SIDE)  # original size, crop, target size: there is one size only
 TIME_WIDTH = 32
 
@@ -49,16 +49,21 @@ def scheduler() -> Any:
 class Drawer(nn.Module):
     """Everything that is trained: the denoiser and what reads its prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, clip: nn.Module, wide_clip: nn.Module, unet: nn.Module) -> None:
         super().__init__()
-        found = text.trained()
-        self.clip, self.wide_clip, self.unet = found["clip"], found["wide_clip"], unet()
+        self.clip, self.wide_clip, self.unet = clip, wide_clip, unet
 
     def forward(self, x: Tensor, step: Tensor, clip: Tensor) -> Tensor:
         words, _ = text.read_states("clip", self.clip, clip)
         wide_words, pooled = text.read_states("wide_clip", self.wide_clip, clip)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([SIZES]).expand(len(x), -1).to(x)}
         return self.unet(x, step, torch.cat([words, wide_words], -1), added_cond_kwargs=added, return_dict=False)[0]
+
+
+def fresh() -> Drawer:
+    """Encoders that can read, and a denoiser that knows nothing."""
+    found = text.trained()
+    return Drawer(found["clip"], found["wide_clip"], unet())
 
 
 def velocity_loss(drawer: nn.Module, kept: Tensor, data: Examples, batch: int, generator: torch.Generator) -> Tensor:
@@ -82,11 +87,10 @@ def main() -> None:
     torch.manual_seed(PLAN.seed)
     data = examples()
     kept = scheduler().alphas_cumprod
-    run = Run("sdxl", Drawer().to(memory_format=torch.channels_last), replace(PLAN, steps=arguments.steps))
-    drawer = torch.compile(run.module)
+    run = Run("sdxl", fresh().to(memory_format=torch.channels_last), replace(PLAN, steps=arguments.steps))
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        return velocity_loss(drawer, kept, data, PLAN.batch, generator), {}
+        return velocity_loss(run.module, kept, data, PLAN.batch, generator), {}
 
     run.train(loss)
 

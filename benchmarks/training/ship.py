@@ -29,7 +29,7 @@ LIMIT = 12e6  # bytes of a pipeline, everything in it counted
 def flux_pipeline() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    drawer = _filled(flux.Drawer(), "flux")
+    drawer = _filled(flux.fresh(), "flux")
     _, shift, scale = encoded(pictures("scenes").pixels)
     vae = trained_vae()
     vae.register_to_config(scaling_factor=scale, shift_factor=shift)
@@ -42,7 +42,7 @@ def sdxl_pipeline() -> Any:
     """Its VAE says the shift as latents_mean: StableDiffusionXLPipeline knows no shift_factor."""
     from diffusers import StableDiffusionXLPipeline
 
-    drawer = _filled(sdxl.Drawer(), "sdxl")
+    drawer = _filled(sdxl.fresh(), "sdxl")
     _, shift, scale = encoded(pictures("scenes").pixels)
     vae = trained_vae()
     channels = vae.config.latent_channels

@@ -30,11 +30,18 @@ def autoencoder() -> nn.Module:
         scaling_factor=1.0, shift_factor=0.0)
 
 
-def trained() -> nn.Module:
-    """The autoencoder with its trained weights; its latents are not scaled yet."""
+def trained_first() -> nn.Module:
+    """What this script gives; its latents are not scaled."""
     vae = autoencoder()
     vae.load_state_dict(averaged("vae"))
     return vae.eval()
+
+
+def trained() -> nn.Module:
+    """The same with the decoder that was trained on by itself (decoder.py)."""
+    vae = trained_first()
+    vae.decoder.load_state_dict(averaged("decoder"))
+    return vae
 
 
 def main() -> None:

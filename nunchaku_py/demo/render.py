@@ -23,14 +23,38 @@ STRIPE, LATTICE, DOT = 5.0, 4.6, 1.35  # period of stripes; distance of dots, an
 
 def render(scenes: Sequence[Scene], side: int = SIDE) -> Tensor:
     """(B, 3, side, side) in [0, 1]"""
-    centres = (torch.arange(side, dtype=torch.float32) + 0.5) * (SIDE / side)
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
-    pixel = SIDE / side
-    pictures = torch.stack([_ground(scene, x, y) for scene in scenes])
-    for slot in range(max((len(scene.things) for scene in scenes), default=0)):
-        rows = [i for i, scene in enumerate(scenes) if len(scene.things) > slot]
+    x, y, pixel = _pixels(side)
+    pictures = torch.stack([_ground(scene, x, y) for scene in scenes]) if scenes else torch.zeros(0, 3, side, side)
+    for slot, rows in _slots(scenes):
         pictures[rows] = _painted(pictures[rows], [scenes[i].things[slot] for i in rows], x, y, pixel)
     return pictures.clamp_(0, 1)
+
+
+def render_neon(scenes: Sequence[Scene], side: int = SIDE) -> Tensor:
+    """The same scenes at night: every outline a glowing tube, the rest dim. What a style LoRA can teach."""
+    x, y, pixel = _pixels(side)
+    pictures = 0.22 * render(scenes, side)
+    for slot, rows in _slots(scenes):
+        things = [scenes[i].things[slot] for i in rows]
+        cx, cy = (torch.tensor([getattr(thing, name) for thing in things])[:, None, None] for name in ("x", "y"))
+        off = (_distance(things, x - cx, y - cy) + 1.0).abs()[:, None]
+        colour = torch.tensor([RGB[thing.colour] for thing in things])[:, :, None, None]
+        tube = (1.5 - off / max(1.0, pixel)).clamp(0, 1)
+        pictures[rows] = pictures[rows] + (0.8 * torch.exp(-off / 2.2) + 0.4 * tube) * (0.25 + 0.9 * colour)
+    return pictures.clamp_(0, 1)
+
+
+def _pixels(side: int) -> tuple[Tensor, Tensor, float]:
+    """(x, y, width of a pixel) in the coordinates of scenes"""
+    centres = (torch.arange(side, dtype=torch.float32) + 0.5) * (SIDE / side)
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    return x, y, SIDE / side
+
+
+def _slots(scenes: Sequence[Scene]) -> list[tuple[int, list[int]]]:
+    """The scenes that have a first thing, a second, a third."""
+    most = max((len(scene.things) for scene in scenes), default=0)
+    return [(slot, [i for i, scene in enumerate(scenes) if len(scene.things) > slot]) for slot in range(most)]
 
 
 def _ground(scene: Scene, x: Tensor, y: Tensor) -> Tensor:
@@ -103,7 +127,7 @@ def _polygon_distance(points: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
 
 def _outlines(things: list[Thing]) -> Tensor:
     """(B, corners, 2) about each thing's centre, turned and sized; the last corner is repeated to a common number."""
-    count = max(len(_CORNERS.get(thing.shape, ())) for thing in things)
+    count = max(len(_CORNERS.get(thing.shape, [0j])) for thing in things)
     rows = []
     for thing in things:
         turn = complex(math.cos(thing.angle), math.sin(thing.angle)) * thing.radius

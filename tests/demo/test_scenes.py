@@ -1,0 +1,97 @@
+"""Scenes, captions and what captions claim."""
+
+import random
+
+import pytest
+
+from nunchaku_py.demo.scenes import (
+    COLOURS,
+    HELD_OUT,
+    LONGEST,
+    PLACES,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    anything,
+    describe,
+    draw,
+    read,
+)
+from nunchaku_py.errors import NunchakuError
+
+
+def scenes(count: int, seed: int = 0, **options):
+    chance = random.Random(seed)
+    return [draw(chance, **options) for _ in range(count)]
+
+
+def test_held_out_pairs_are_one_of_each_shape_and_never_drawn():
+    assert sorted(shape for _, shape in HELD_OUT) == sorted(SHAPES)
+    assert not any(scene.held_out for scene in scenes(500))
+    assert all(scene.held_out for scene in scenes(100, held_out=True))
+    assert any(scene.held_out for scene in (anything(random.Random(seed)) for seed in range(50)))
+
+
+def test_the_same_seed_draws_the_same():
+    assert scenes(20) == scenes(20)
+    assert scenes(20) != scenes(20, seed=1)
+
+
+def test_things_are_inside_and_apart():
+    for scene in scenes(500):
+        for thing in scene.things:
+            low, high = RADII[thing.size]
+            assert low <= thing.radius <= high
+            assert 0 < thing.x < SIDE and 0 < thing.y < SIDE
+        if len(scene.things) > 1:
+            first, second = scene.things[:2]
+            assert ((first.x - second.x) ** 2 + (first.y - second.y) ** 2) ** 0.5 >= 24
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_caption_claims_what_the_scene_shows(seed):
+    chance = random.Random(seed)
+    said = set()
+    for _ in range(1000):
+        scene = draw(chance)
+        caption = describe(scene, chance)
+        claims = read(caption)
+        assert len(caption.replace(",", " ,").split()) <= LONGEST
+        assert len(claims.things) == len(scene.things)
+        for i, (claim, thing) in enumerate(zip(claims.things, scene.things, strict=True)):
+            assert (claim.shape, claim.colour) == (thing.shape, thing.colour)
+            assert claim.texture in (None, thing.texture) and claim.size in (None, thing.size)
+            assert claim.place is None or claim.place == scene.places[i]
+            said |= {claim.place}
+        assert claims.relation in (None, scene.relation)
+        assert claims.background in (None, scene.background)
+        assert claims.backdrop in (None, scene.backdrop)
+        said |= {claims.relation}
+    assert said == {None, *PLACES, *RELATIONS}  # every place and relation is said, and left out, sometimes
+
+
+def test_relations_are_where_they_say():
+    for scene in scenes(400):
+        if scene.relation is None:
+            continue
+        first, second = scene.things
+        dx, dy = second.x - first.x, second.y - first.y
+        ahead = {"to the left of": dx, "to the right of": -dx, "above": dy, "below": -dy}[scene.relation]
+        assert ahead > (abs(dy) if scene.relation.startswith("to") else abs(dx))
+
+
+def test_reading_by_hand():
+    claims = read("A large striped Red circle  to the left of an orange star on a checkered gray background")
+    assert claims.relation == "to the left of" and (claims.background, claims.backdrop) == ("gray", "checkered")
+    assert claims.things[0].size == "large" and claims.things[0].texture == "striped"
+    assert claims.things[1].colour == "orange" and claims.things[1].size is None
+    assert read("there is a fading pink heart at the bottom right").things[0].place == "at the bottom right"
+    assert read("a red circle at the top").things[0].place == "at the top"
+    assert read("a red circle and a blue star").relation is None
+
+
+@pytest.mark.parametrize("caption", ["", "a lighthouse at dusk", "a circle", COLOURS[0]])
+def test_a_caption_of_another_world_is_refused(caption):
+    with pytest.raises(NunchakuError, match="names no thing that can be checked"):
+        read(caption)
