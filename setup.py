@@ -218,7 +218,7 @@ def native_build() -> dict:
 
 
 if __name__ == "__main__":
-    packages = find_namespace_packages(include=["nunchaku_py", "nunchaku_py.*"], exclude=["*.__pycache__"])
+    packages = find_namespace_packages(include=["nunchaku_py", "nunchaku_py.*"], exclude=["*.__pycache__", "nunchaku_py.demo.weights*"])
     kernels = ["nunchaku_py.kernels"] + [
         f"nunchaku_py.kernels.{name}" for name in find_namespace_packages("kernels", exclude=["*__pycache__"])
     ]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import text
 from .latents import Examples, examples
+from .layout import Question
 from .loop import Plan, Run
 from .text_models import CLIP_WIDTH, T5_WIDTH, TOKENS
 from .vae import LATENT_CHANNELS
@@ -20,6 +21,7 @@ from .vae import LATENT_CHANNELS
 PLAN = Plan(steps=4000, batch=64, rate=1.5e-3)
 GRID = 8  # patches of 2 × 2 latents in each direction
 MODULATIONS = ("norm1.linear", "norm1_context.linear", ".norm.linear", "norm_out.linear")
+WHERE = 0.1  # weight of the second question
 EVEN = 0.2  # part of the times drawn evenly; the others logit-normal, where most is to be learnt
 
 
@@ -50,15 +52,18 @@ def times(count: int, generator: torch.Generator) -> Tensor:
 
 
 class Drawer(nn.Module):
-    """Everything that is trained: the denoiser and what reads its prompts."""
+    """The denoiser, which is trained, and what reads its prompts, which has been."""
 
     def __init__(self, t5: nn.Module, clip: nn.Module, transformer: nn.Module) -> None:
         super().__init__()
-        self.t5, self.clip, self.transformer = t5, clip, transformer
+        self.t5, self.clip = t5.requires_grad_(False), clip.requires_grad_(False)
+        self.transformer = transformer
+        self.question = Question(transformer.inner_dim, transformer.single_transformer_blocks[0])
 
     def forward(self, x: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor) -> Tensor:
-        words, _ = text.read_states("t5", self.t5, t5)
-        _, pooled = text.read_states("clip", self.clip, clip)
+        with torch.no_grad():
+            words, _ = text.read_states("t5", self.t5, t5)
+            _, pooled = text.read_states("clip", self.clip, clip)
         return self.transformer(
             hidden_states=x, encoder_hidden_states=words, pooled_projections=pooled, timestep=sigma,
             txt_ids=torch.zeros(TOKENS, 3), img_ids=image_ids(), return_dict=False)[0]
@@ -80,14 +85,15 @@ def _started(model: nn.Module) -> nn.Module:
     return model
 
 
-def flow_loss(drawer: nn.Module, data: Examples, batch: int, generator: torch.Generator) -> Tensor:
-    latents, t5, clip = data.batch(batch, generator)
+def losses(drawer: Drawer, data: Examples, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(of the velocity, of what is where)"""
+    latents, maps, t5, clip = data.batch(batch, generator)
     latents = packed(latents)
     noise, sigma = torch.randn(latents.shape, generator=generator), times(batch, generator)
     at = sigma[:, None, None]
     with torch.autocast("cpu", torch.bfloat16):
         found = drawer((1 - at) * latents + at * noise, sigma, t5, clip)
-    return F.mse_loss(found.float(), noise - latents)
+    return F.mse_loss(found.float(), noise - latents), drawer.question.loss(maps)
 
 
 def main() -> None:
@@ -101,7 +107,8 @@ def main() -> None:
     run = Run("flux", fresh(), replace(PLAN, steps=arguments.steps))
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        return flow_loss(run.module, data, PLAN.batch, generator), {}
+        flow, where = losses(run.module, data, PLAN.batch, generator)
+        return flow + WHERE * where, {"flow": flow.item(), "where": where.item()}
 
     run.train(loss)
 

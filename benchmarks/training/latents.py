@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import captions as texts
+from . import layout
 from .data import pictures, random_rows
 from .loop import OUT
 from .vae import trained_first
@@ -20,22 +21,25 @@ class Examples:
     """Latents (N, C, 16, 16), shifted and scaled to mean 0 and deviation 1, with PER_SCENE captions for each."""
 
     latents: Tensor
+    maps: Tensor
     tokens: texts.Tokens
     empty: texts.Tokens
 
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(latents, T5 tokens, CLIP tokens), some captions empty."""
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(latents, maps of what is where, T5 tokens, CLIP tokens), some captions empty."""
         rows = random_rows(len(self.tokens.t5), size, generator)
         without = (torch.rand(size, generator=generator) < UNCONDITIONAL)[:, None]
         t5, clip = (torch.where(without, getattr(self.empty, kind), getattr(self.tokens, kind)[rows])
                     for kind in ("t5", "clip"))
-        return self.latents[rows // texts.PER_SCENE].float(), t5, clip
+        of = rows // texts.PER_SCENE
+        return self.latents[of].float(), self.maps[of], t5, clip
 
 
 def examples() -> Examples:
     data = pictures("scenes")
     latents, shift, scale = encoded(data.pixels)
-    return Examples((latents - shift) * scale, texts.tokens(texts.captions(data.scenes)), texts.tokens([""]))
+    sentences = texts.captions(data.scenes)
+    return Examples((latents - shift) * scale, layout.maps(data.scenes), texts.tokens(sentences), texts.tokens([""]))
 
 
 def encoded(pixels: Tensor) -> tuple[Tensor, float, float]:

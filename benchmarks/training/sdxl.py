@@ -16,6 +16,7 @@ from nunchaku_py.demo.scenes import SIDE
 
 from . import text
 from .latents import Examples, examples
+from .layout import Question
 from .loop import Plan, Run
 from .text_models import CLIP_WIDTH, WIDE_CLIP_WIDTH
 from .vae import LATENT_CHANNELS
@@ -23,6 +24,7 @@ from .vae import LATENT_CHANNELS
 PLAN = Plan(steps=4000, batch=64, rate=1e-3)
 SIZES = (SIDE, SIDE, 0, 0, SIDE, SIDE)  # original size, crop, target size: there is one size only
 TIME_WIDTH = 32
+WHERE = 0.1  # weight of the second question
 
 
 def unet() -> nn.Module:
@@ -47,15 +49,18 @@ def scheduler() -> Any:
 
 
 class Drawer(nn.Module):
-    """Everything that is trained: the denoiser and what reads its prompts."""
+    """The denoiser, which is trained, and what reads its prompts, which has been."""
 
     def __init__(self, clip: nn.Module, wide_clip: nn.Module, unet: nn.Module) -> None:
         super().__init__()
-        self.clip, self.wide_clip, self.unet = clip, wide_clip, unet
+        self.clip, self.wide_clip = clip.requires_grad_(False), wide_clip.requires_grad_(False)
+        self.unet = unet
+        self.question = Question(unet.config.block_out_channels[-1], unet.mid_block)
 
     def forward(self, x: Tensor, step: Tensor, clip: Tensor) -> Tensor:
-        words, _ = text.read_states("clip", self.clip, clip)
-        wide_words, pooled = text.read_states("wide_clip", self.wide_clip, clip)
+        with torch.no_grad():
+            words, _ = text.read_states("clip", self.clip, clip)
+            wide_words, pooled = text.read_states("wide_clip", self.wide_clip, clip)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([SIZES]).expand(len(x), -1).to(x)}
         return self.unet(x, step, torch.cat([words, wide_words], -1), added_cond_kwargs=added, return_dict=False)[0]
 
@@ -66,16 +71,17 @@ def fresh() -> Drawer:
     return Drawer(found["clip"], found["wide_clip"], unet())
 
 
-def velocity_loss(drawer: nn.Module, kept: Tensor, data: Examples, batch: int, generator: torch.Generator) -> Tensor:
-    """kept: ā of each step"""
-    latents, _, clip = data.batch(batch, generator)
+def losses(drawer: Drawer, kept: Tensor, data: Examples, batch: int,
+           generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(of the velocity, of what is where); kept: ā of each step"""
+    latents, maps, _, clip = data.batch(batch, generator)
     latents = latents.to(memory_format=torch.channels_last)
     noise = torch.randn(latents.shape, generator=generator)
     step = torch.randint(len(kept), (batch,), generator=generator)
     signal, spread = (part[step].sqrt()[:, None, None, None] for part in (kept, 1 - kept))
     with torch.autocast("cpu", torch.bfloat16):
         found = drawer(signal * latents + spread * noise, step, clip)
-    return F.mse_loss(found.float(), signal * noise - spread * latents)
+    return F.mse_loss(found.float(), signal * noise - spread * latents), drawer.question.loss(maps)
 
 
 def main() -> None:
@@ -90,7 +96,8 @@ def main() -> None:
     run = Run("sdxl", fresh().to(memory_format=torch.channels_last), replace(PLAN, steps=arguments.steps))
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        return velocity_loss(run.module, kept, data, PLAN.batch, generator), {}
+        velocity, where = losses(run.module, kept, data, PLAN.batch, generator)
+        return velocity + WHERE * where, {"velocity": velocity.item(), "where": where.item()}
 
     run.train(loss)
 

@@ -1,0 +1,178 @@
+"""The parts that training stands on: the loop, tokenizers, captions as numbers, and what is asked of the models."""
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.training import captions, data, flux, layout, loop, sdxl, text, text_models
+from nunchaku_py.demo.scenes import COLOURS, SHAPES, Scene, Thing, describe, draw, read
+
+PLAN = loop.Plan(steps=12, batch=4, rate=1e-2, warmup=3)
+
+
+@pytest.fixture(autouse=True)
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(loop, "OUT", tmp_path)
+    monkeypatch.setattr(data, "OUT", tmp_path)
+    return tmp_path
+
+
+def trained(name: str, *steps: int) -> dict[str, Tensor]:
+    """A line fitted to data, in one go or with stops; a new process would do the same as each new Run."""
+    for last in steps:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 64), nn.Linear(64, 1))
+        run = loop.Run(name, module, PLAN)
+
+        def loss(step: int, generator: torch.Generator, module: nn.Module = module) -> tuple[Tensor, dict[str, float]]:
+            x = torch.randn(PLAN.batch, 3, generator=generator)
+            return (module(x) - x.sum(1, keepdim=True)).square().mean(), {"step": step}
+
+        stopped = replace(PLAN, steps=last)
+        run.plan = _Stopping(**vars(stopped), whole=PLAN)
+        run.train(loss)
+    return loop.averaged(name)
+
+
+class _Stopping(loop.Plan):
+    """Ends early, with the rates of the whole."""
+
+    def __init__(self, whole: loop.Plan, **values: object):
+        super().__init__(**values)
+        object.__setattr__(self, "whole", whole)
+
+    def rate_at(self, step: int) -> float:
+        return self.whole.rate_at(step)
+
+
+def test_a_stopped_and_resumed_run_gives_the_same_weights():
+    once, twice = trained("once", 12), trained("twice", 5, 12)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert not torch.equal(once["0.weight"], trained("shorter", 5)["0.weight"])
+
+
+def test_rates_rise_stay_and_fall():
+    plan = loop.Plan(steps=100, batch=1, rate=1.0, warmup=10, fall=0.4)
+    rates = [plan.rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:60] == [1.0] * 51
+    assert rates[60:] == sorted(rates[60:], reverse=True) and rates[-1] == pytest.approx(1 / 40)
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves(out: Path, asked: signal.Signals):
+    script = textwrap.dedent("""
+        import sys, time, torch
+        from pathlib import Path
+        from benchmarks.training import loop
+        loop.OUT = Path(sys.argv[1])
+        module = torch.nn.Linear(2, 2)
+        def loss(step, generator):
+            if step == 3: print("there", flush=True)
+            time.sleep(0.01)
+            return module(torch.ones(1, 2)).sum() * 0, {}
+        loop.Run("cut", module, loop.Plan(10**6, 1, 1e-3)).train(loss)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(asked)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the same command goes on from there" in said
+    assert torch.load(out / "cut" / "state.pt", weights_only=True)["step"] >= 3
+
+
+def test_every_word_is_one_token():
+    t5, clip = text_models.t5_tokenizer(), text_models.clip_tokenizer()
+    for word in text_models.words():
+        assert len(t5(word).input_ids) == 2 and len(clip(word).input_ids) == 3, word
+    for word in text_models.FIRST_WORDS:
+        assert len(t5(word).input_ids) == 2
+    assert clip("A Red circle").input_ids == clip("a red circle").input_ids
+
+
+def test_no_caption_is_cut():
+    chance = random.Random(5)
+    sentences = [describe(draw(chance), chance) for _ in range(500)]
+    for tokenizer in (text_models.t5_tokenizer(), text_models.clip_tokenizer()):
+        assert max(map(len, tokenizer(sentences).input_ids)) <= text_models.TOKENS
+
+
+def test_tokenizers_survive_saving(tmp_path: Path):
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    sentence = "A large red circle above a lighthouse"
+    for kind, made in ((T5TokenizerFast, text_models.t5_tokenizer), (CLIPTokenizer, text_models.clip_tokenizer)):
+        tokenizer = made()
+        tokenizer.save_pretrained(tmp_path)
+        assert kind.from_pretrained(tmp_path)(sentence).input_ids == tokenizer(sentence).input_ids
+
+
+def test_what_the_encoders_are_asked():
+    sentence = "a large striped red circle to the left of a blue star on a fading gray background"
+    key = text.Key([sentence], captions.tokens([sentence]))
+    things, ground = key.where["t5"]
+    assert things.tolist() == [[4, 11, -1]] and ground.tolist() == [16]
+    assert key.where["clip"][0].tolist() == [[5, 12, -1]]  # after the start token
+    circle, star = captions.claimed(read(sentence))
+    assert circle == [1 + SHAPES.index("circle"), 1 + COLOURS.index("red"), 2, 2, 0, 1]
+    assert star == [1 + SHAPES.index("star"), 1 + COLOURS.index("blue"), 0, 0, 0, 2]
+    assert key.pairs.sum() == 2 and key.ground.tolist() == [[3, 2]]
+
+
+def test_maps_say_what_is_where():
+    thing = Thing("star", "blue", "dotted", "small", 16.0, 48.0, 8.0, 0.0)
+    empty, one = layout.maps([Scene((), "black", "plain"), Scene((thing,), "black", "plain")])
+    grid = one[0].reshape(8, 8)
+    assert not empty.any()
+    assert grid[5:7, 1:3].unique().tolist() == [1 + SHAPES.index("star")]
+    assert not grid[:4].any() and not grid[:, 4:].any()
+    assert one[1].max() == 1 + COLOURS.index("blue")
+
+
+def test_packing_is_the_pipelines():
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 8, 16, 16)
+    assert torch.equal(flux.packed(latents), FluxPipeline._pack_latents(latents, 2, 8, 16, 16))
+    ids = FluxPipeline._prepare_latent_image_ids(2, 8, 8, torch.device("cpu"), torch.float32)
+    assert torch.equal(flux.image_ids(), ids)
+
+
+@pytest.mark.parametrize("model", ["flux", "sdxl"])
+def test_a_step_of_each_denoiser_lowers_its_loss(model: str):
+    torch.manual_seed(0)
+    encoders = text.encoders()
+    chance = random.Random(0)
+    scenes = [draw(chance) for _ in range(4)]
+    from benchmarks.training.latents import Examples
+
+    examples = Examples(torch.randn(4, 8, 16, 16), layout.maps(scenes), captions.tokens(captions.captions(scenes)),
+                        captions.tokens([""]))
+    if model == "flux":
+        drawer = flux.Drawer(encoders["t5"], encoders["clip"], flux.transformer())
+        ask = lambda: flux.losses(drawer, examples, 4, torch.Generator().manual_seed(1))  # noqa: E731
+    else:
+        drawer = sdxl.Drawer(encoders["clip"], encoders["wide_clip"], sdxl.unet())
+        ask = lambda: sdxl.losses(drawer, sdxl.scheduler().alphas_cumprod, examples, 4,  # noqa: E731
+                                  torch.Generator().manual_seed(1))
+    optimizers = loop._optimizers(drawer, loop.Plan(3, 4, 1e-3))
+    first = None
+    for _ in range(6):
+        loss = sum(ask())
+        first = first if first is not None else loss.item()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum(ask()).item() < 0.97 * first
+    assert all(not parameter.requires_grad for part in encoders.values() for parameter in part.parameters()
+               if any(parameter is own for own in drawer.parameters()))
