@@ -8,6 +8,7 @@ from typing import Any
 from .errors import NunchakuError
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # the components of a pipeline that are quantized unasked
+CALL = "generate.json"  # in a pipeline's folder: what `nunchaku-py` calls it with, unless told otherwise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -19,3 +20,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise NunchakuError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
+
+
+def read_call(folder: Path) -> dict[str, Any]:
+    """The arguments that a pipeline's folder recommends; none, if it says nothing of them."""
+    return read_json(folder / CALL) if (folder / CALL).is_file() else {}
+
+
+def write_call(folder: Path, call: dict[str, Any]) -> None:
+    (folder / CALL).write_text(json.dumps(call, indent=1) + "\n", encoding="utf-8")

@@ -13,8 +13,8 @@ import torch
 
 from nunchaku_py import cli, quantize
 from nunchaku_py.commands.headers import read_header
-from nunchaku_py.demo import TINY, flux_pipeline
 from nunchaku_py.quantize import Run
+from tests.tiny_pipelines import flux_prompt
 
 ROOT = Path(cli.__file__).parents[1]
 FAST = ("--recipe", "rtn-int4")
@@ -24,7 +24,7 @@ FAST = ("--recipe", "rtn-int4")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 16-bit FLUX pipeline folder in miniature; tests do not change it."""
     folder = tmp_path_factory.mktemp("source") / "flux"
-    flux_pipeline(TINY).save_pretrained(folder)
+    flux_prompt()[0].save_pretrained(folder)
     return folder
 
 

@@ -4,27 +4,42 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
 from ..folders import DENOISERS, read_json
 from .arguments import LARGEST_SEED, whole
-from .sources import Source, device_for, loading, quantization_of, quiet_libraries, weight_bytes
+from .sources import (
+    Source,
+    device_for,
+    loading,
+    model_path,
+    quantization_of,
+    quiet_libraries,
+    require_pillow,
+    weight_bytes,
+)
 
 SUMMARY = "run a pipeline folder and write its images"
 DESCRIPTION = ("Load a quantized (or 16-bit) pipeline folder, run it on a GPU if there is one with room for it,\n"
-               "else on the CPU, and write its images. What is not given keeps the pipeline's own default.")
-EXAMPLES = ('  nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a lighthouse at dusk" --out lighthouse.png\n'
+               "else on the CPU, and write its images. tiny-flux and tiny-sdxl are small trained pipelines that\n"
+               "come with the package. What is not given keeps the pipeline's own default.")
+EXAMPLES = ('  nunchaku-py generate tiny-flux --prompt "a large red circle on a white background" --out circle.png\n'
+            '  nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a lighthouse at dusk" --out lighthouse.png\n'
             '  nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a cat" --steps 8 --width 512 --height 512 --mode a16\n')
 # option → what the pipeline calls it
 NAMES = {"prompt": "prompt", "negative_prompt": "negative_prompt", "steps": "num_inference_steps", "width": "width",
          "height": "height", "guidance": "guidance_scale", "count": "num_images_per_prompt"}
+LENGTH = "max_sequence_length"
+_OPTIONS = {name: f"--{option.replace('_', '-')}" for option, name in NAMES.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("pipeline", type=Path, metavar="PIPELINE_DIR", help="a folder with model_index.json")
+    add("pipeline", type=model_path, metavar="PIPELINE_DIR",
+        help="a folder with model_index.json, or tiny-flux, or tiny-sdxl")
     add("--prompt", help="what to paint")
     add("--negative-prompt", help="what not to paint, where the pipeline takes this")
     add("--steps", type=whole(1), metavar="N", help="denoising steps")
@@ -45,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     if source.index is None:
         raise NunchakuError(f"{args.pipeline}: is a model alone; generating needs a pipeline (model_index.json)")
     source.check(list(source.models))
+    require_pillow()
     _check_writable(args.out)
     quiet_libraries(args.verbose)
     device = device_for(args.device, sum(map(weight_bytes, source.models.values())))
     pipe = _load(source, args)
-    call = _arguments(pipe, args)
+    call = _arguments(pipe, args, source.call)
     with loading(args.pipeline):
         pipe = pipe.to(device)
     started = time.monotonic()
@@ -81,19 +97,15 @@ def _dtype(source: Source) -> str:
     return source.dtype(denoisers)
 
 
-def _arguments(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call; one that it does not take is refused rather than dropped."""
+def _arguments(pipe: Any, args: argparse.Namespace, usual: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the pipeline's call, `usual` first; one that it does not take is refused rather than dropped."""
     import torch
 
     known = inspect.signature(pipe.__call__).parameters
-    call: dict[str, Any] = {}
-    for option, name in NAMES.items():
-        value = getattr(args, option)
-        if value is None:
-            continue
+    call = {**_longest_prompt(pipe, known), **usual, **_given(args)}
+    for name in call:
         if name not in known:
-            raise NunchakuError(f"--{option.replace('_', '-')}: {type(pipe).__name__} takes no {name}")
-        call[name] = value
+            raise NunchakuError(f"{_OPTIONS.get(name, name)}: {type(pipe).__name__} takes no {name}")
     if "prompt" in known and "prompt" not in call:
         raise NunchakuError(f"--prompt is missing: {type(pipe).__name__} paints from a prompt")
     if "prompt" in known and getattr(pipe, "tokenizer", None) is None:
@@ -101,6 +113,18 @@ def _arguments(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     if "generator" in known:
         call["generator"] = torch.Generator().manual_seed(args.seed)
     return call
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, option) for option, name in NAMES.items() if getattr(args, option) is not None}
+
+
+def _longest_prompt(pipe: Any, known: Mapping[str, inspect.Parameter]) -> dict[str, int]:
+    """The pipelines' default is made for large text encoders; no tokenizer is asked for more than it knows."""
+    lengths = [part.model_max_length for name, part in pipe.components.items()
+               if name.startswith("tokenizer") and hasattr(part, "model_max_length")]
+    default = known[LENGTH].default if LENGTH in known else None
+    return {LENGTH: max(lengths)} if lengths and isinstance(default, int) and default > max(lengths) else {}
 
 
 def _call(pipe: Any, call: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import NunchakuError
 from ..folders import read_json
 from .headers import Header, TensorHeader, read_header
-from .sources import class_name, quantization_of, weight_bytes
+from .sources import class_name, model_path, quantization_of, weight_bytes
 from .tables import size, table
 
 SUMMARY = "what is in a checkpoint: sites, formats, ranks, sizes"
@@ -29,7 +29,8 @@ Row = tuple[str, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FILE_OR_DIR", help="a .safetensors file, a model or a pipeline")
+    parser.add_argument("path", type=model_path, metavar="FILE_OR_DIR",
+                        help="a .safetensors file, a model or a pipeline")
     parser.add_argument("--all", action="store_true", help="a line for every site, not one for all alike")
 
 

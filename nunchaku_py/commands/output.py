@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
+from ..folders import write_call
 from .sources import Source
 
 _COMMAND = "command.json"
@@ -110,10 +111,12 @@ class Output:
 
 
 def _copy_rest(source: Source, to: Path, quantized: set[str]) -> None:
-    """The parts of a pipeline that are not quantized, byte for byte."""
+    """The parts of a pipeline that are not quantized, byte for byte, and what it is called with."""
     if source.index is None:
         return
     shutil.copy2(source.path / "model_index.json", to)
+    if source.call:
+        write_call(to, source.call)
     for name, folder in source.components.items():
         if name not in quantized:
             has_safetensors = any(folder.glob("*.safetensors"))

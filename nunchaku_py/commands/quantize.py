@@ -18,6 +18,7 @@ from .sources import (
     device_for,
     load_model,
     load_pipeline,
+    model_path,
     quiet_libraries,
     weight_bytes,
 )
@@ -31,6 +32,7 @@ becomes one file with the model alone. The report lies in it as report.txt, repo
 Without --prompts no data is needed. With it, the pipeline runs on the prompts and the quantization is fitted to what
 the layers then see. Work is kept in OUT_DIR.partial: when interrupted, the same command goes on where it stopped."""
 EXAMPLES = """\
+  nunchaku-py quantize tiny-flux ./tiny-flux-int4
   nunchaku-py quantize ./FLUX.1-dev ./FLUX.1-dev-int4
   nunchaku-py quantize ./FLUX.1-dev ./FLUX.1-dev-nvfp4 --recipe svdquant-nvfp4 --prompts prompts.txt --states 32
   nunchaku-py quantize ./FLUX.1-dev/transformer ./flux-int4.safetensors
@@ -42,7 +44,8 @@ _log = logging.getLogger("nunchaku_py")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL_DIR", help="a pipeline or model folder of 16- or 32-bit weights")
+    add("model", type=model_path, metavar="MODEL_DIR",
+        help="a pipeline or model folder of 16- or 32-bit weights, or tiny-flux, or tiny-sdxl")
     add("out", type=Path, metavar="OUT_DIR", help="a new folder, or a new file ending in .safetensors")
     add("--recipe", default="svdquant-int4", metavar="NAME",
         help="svdquant-int4 (default), svdquant-nvfp4, rtn-int4, rtn-nvfp4 or w4a16-int4")
@@ -107,7 +110,7 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
         raise NunchakuError(f"{source.path}: prompts need a whole pipeline to run, this is a model alone")
     if args.out.suffix.lower() == ".safetensors" and len(components) > 1:
         raise NunchakuError(f"{args.out}: one file holds one model, {len(components)} components are to be quantized")
-    prompts = None if args.prompts is None else _prompts(args.prompts)
+    prompts = None if args.prompts is None else _prompts(args.prompts, source.call)
     rules: dict[str, str] = {}
     for glob, choice in (_pair(rule, "--rule", "GLOB=CHOICE") for rule in args.rule):
         rules.pop(glob, None)  # said again it takes the later place
@@ -140,22 +143,22 @@ def _pair(text: str, option: str, form: str, default: str | None = None) -> tupl
     return name, value
 
 
-def _prompts(path: Path) -> list[str | dict[str, Any]]:
-    """A line is a prompt, or a JSON object of arguments of the pipeline."""
+def _prompts(path: Path, usual: dict[str, Any]) -> list[str | dict[str, Any]]:
+    """A line is a prompt, or a JSON object of arguments of the pipeline; `usual` are those that no line has to say."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise NunchakuError(f"{path}: cannot be read: {error}") from error
     if not any(lines):
         raise NunchakuError(f"{path}: holds no prompts; expected one on a line")
-    return [_prompt(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line]
+    return [_prompt(line, f"{path}: line {i}", usual) for i, line in enumerate(lines, 1) if line]
 
 
-def _prompt(line: str, where: str) -> str | dict[str, Any]:
+def _prompt(line: str, where: str, usual: dict[str, Any]) -> str | dict[str, Any]:
     if not line.startswith("{"):
-        return line
+        return {**usual, "prompt": line} if usual else line
     try:
-        return json.loads(line)
+        return {**usual, **json.loads(line)}
     except ValueError as error:
         raise NunchakuError(f"{where}: starts like JSON but is none: {error}") from error
 

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..demo import shipped
 from ..errors import NunchakuError
-from ..folders import read_json
+from ..folders import read_call, read_json
 from .headers import Header, read_header
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "bf16"}  # 32-bit files are run and quantized in 16 bit
+
+
+def model_path(text: str) -> Path:
+    """An argparse type: what lies at this path, or else a shipped pipeline of this name."""
+    path = Path(text)
+    return shipped.folder(text) if text in shipped.CALLS and not path.exists() else path
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,11 @@ class Source:
     def models(self) -> dict[str, Path]:
         """The components that hold weights."""
         return {name: folder for name, folder in self.components.items() if any(weight_files(folder))}
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """What the pipeline is called with, unless the user says otherwise."""
+        return dict(shipped.CALLS[self.path.name]) if self.path.parent == shipped.WEIGHTS else read_call(self.path)
 
     def check(self, names: Iterator[str] | list[str]) -> None:
         """Refuse truncated or corrupted weights before anything is built from them."""
@@ -137,6 +149,13 @@ def device_for(wanted: str, nbytes: int) -> str:
     return "cpu"
 
 
+def require_pillow() -> None:
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise NunchakuError("writing pictures needs Pillow: pip install 'nunchaku-py[pipelines]'") from error
+
+
 def quiet_libraries(verbose: bool) -> None:
     """Progress bars and notices of the libraries, off unless asked for."""
     if verbose:
@@ -150,4 +169,5 @@ def quiet_libraries(verbose: bool) -> None:
 
 
 __all__ = ["DTYPES", "Header", "Source", "class_name", "device_for", "load_model", "load_pipeline",
-           "loading", "quantization_of", "quiet_libraries", "torch_dtype", "weight_bytes", "weight_files"]
+           "loading", "model_path", "quantization_of", "quiet_libraries", "require_pillow", "torch_dtype",
+           "weight_bytes", "weight_files"]

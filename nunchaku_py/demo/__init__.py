@@ -1,4 +1,1 @@
-"""The shipped demonstration: a miniature FLUX pipeline, quantized, measured and checked end to end."""
-from .models import DEMO, TINY, Size, flux_pipeline, flux_transformer
-
-__all__ = ["DEMO", "TINY", "Size", "flux_pipeline", "flux_transformer"]
+"""What comes with the package to try it: trained miniatures, the scenes they paint, a checker, the demonstration."""

@@ -1,9 +1,9 @@
-"""What the demonstration measures of a denoiser: time of a step, error against 16 bit, and images."""
+"""What the demonstration measures: pictures of a pipeline, and time, memory and error of its denoiser."""
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from ..calibrate import State
 from ..errors import NunchakuError
 
-REPEATS = 3
+REPEATS = 5
+BATCH = 32  # pictures at a time
 WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2  # of structural similarity, for values in [0, 1]
 
 
@@ -44,18 +45,30 @@ def step_seconds(model: nn.Module, state: State) -> float:
     return statistics.median(times)
 
 
-def image(pipe: Any, prompt: str, seed: int, **call: Any) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        return pipe(prompt, generator=generator, **call).images[0]
+def held_bytes(model: nn.Module) -> int:
+    """What the model occupies in memory: its weights as they lie there, and what is derived from them for its mode."""
+    held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
-def pixels(pictures: Sequence[Any]) -> Tensor:
-    """PIL images of one size as (B, 3, H, W) in [0, 1]."""
-    import numpy
+def paint(pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any],
+          step_done: Callable[[int], None] = lambda pictures: None) -> Tensor:
+    """(B, 3, H, W) in [0, 1]; the noise of picture i is drawn from seed + i. `step_done` hears of so many pictures."""
+    made = []
+    for start in range(0, len(prompts), BATCH):
+        some = list(prompts[start : start + BATCH])
+        arguments = {**call, "prompt": some, "output_type": "pt",
+                     "generator": [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]}
+        if isinstance(call.get("negative_prompt"), str):  # FLUX does not repeat it for each prompt
+            arguments["negative_prompt"] = [call["negative_prompt"]] * len(some)
 
-    return torch.stack([torch.from_numpy(numpy.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-                        for picture in pictures])
+        def told(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Tensor], count: int = len(some)) -> dict:
+            step_done(count)
+            return tensors
+
+        with torch.no_grad():
+            made.append(pipe(**arguments, callback_on_step_end=told).images.float().clamp(0, 1))
+    return torch.cat(made)
 
 
 def psnr(found: Tensor, expected: Tensor) -> Tensor:

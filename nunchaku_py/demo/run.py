@@ -1,145 +1,197 @@
-"""The demonstration itself: one 16-bit pipeline, four or five quantized ones, a table."""
+"""The demonstration itself: a trained miniature, quantized, saved, reloaded, painted with, measured and shown."""
 from __future__ import annotations
 
-import copy
-import csv
-import os
+import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import native
 from ..calibrate import State, capture_states
 from ..checkpoint import load, save
 from ..errors import NunchakuError
+from ..folders import write_call
 from ..ops.registry import forced_backend
+from ..progress import Progress
 from ..quantize import quantize
 from ..site import MODES
 from ..swap import set_mode
-from .measure import image, outputs, pixels, psnr, relative_error, same_bits, step_seconds
-from .models import DEMO, TINY, flux_pipeline
+from . import shipped
+from .checker import Checker, agreement, load_checker
+from .measure import held_bytes, outputs, paint, psnr, relative_error, same_bits, ssim, step_seconds
+from .page import page
+from .scenes import describe, draw
+from .sheet import Column, Sheet
+from .table import Row, text, write_csv
 
-PROMPTS = ("a lighthouse at dusk", "two cats on a red sofa", "a map of an island", "rain on a window")
-UNSEEN = "a bicycle against a wall"  # what is measured is another prompt than those calibrated on
-RANK = 16  # the recipes' 32 belongs to layers eight times as wide
-VARIANTS = (("rtn-int4", False), ("svdquant-int4", False), ("svdquant-int4", True),
-            ("svdquant-nvfp4", False), ("svdquant-nvfp4", True))
-COLUMNS = (("variant", 28), ("on disk", 16), ("quantized", 10), ("mode", 6), ("step", 9), ("error", 8), ("PSNR", 9),
-           ("reload", 0))
-
-
-@dataclass
-class Row:
-    """One variant in one mode. error: of the denoiser's output, relative to 16 bit."""
-
-    variant: str
-    disk_bytes: int
-    smaller: float
-    quantize_seconds: float
-    mode: str
-    step_ms: float
-    error: float
-    psnr_db: float
-    same_bits_after_reload: str
-
-    def cells(self, first: bool) -> list[str]:
-        disk = f"{self.disk_bytes / 2**20:.1f} MiB {self.smaller:.2f}x"
-        named = [self.variant, disk, f"{self.quantize_seconds:.1f} s"]
-        return [*(named if first else [""] * 3), self.mode, f"{self.step_ms:.0f} ms", f"{100 * self.error:.2f} %",
-                f"{self.psnr_db:.1f} dB", self.same_bits_after_reload]
+# The modes that each recipe paints in. Rounding is there to show what a4 loses without the branch and calibration. a16
+# is compared after reloading, but not painted: next to a8 it shows nothing new.
+RECIPES = {"rtn-int4": ("a4",), "rtn-nvfp4": ("a4",), "svdquant-int4": ("a4", "a8"), "svdquant-nvfp4": ("a4", "a8")}
+RANK = 16  # the recipes' 32 belongs to layers twelve times as wide
+DTYPE = torch.bfloat16
 
 
-@dataclass
-class Bench:
-    """The 16-bit pipeline and what the others are compared with."""
+@dataclass(frozen=True)
+class Extent:
+    """How much is done. steps: None for the pipeline's usual number; calibration: prompts, none of them painted."""
 
+    prompts: int
+    shown: int
+    steps: int | None
+    calibration: int
+    states: int
+    probes: int
+
+
+FULL = Extent(prompts=64, shown=8, steps=None, calibration=16, states=32, probes=8)
+QUICK = Extent(prompts=2, shown=2, steps=2, calibration=2, states=2, probes=1)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The 16-bit pipeline, and all that each variant is given alike. states: calibration; probes: inputs compared."""
+
+    name: str
     pipe: Any
-    out: Path
     call: dict[str, Any]
+    prompts: list[str]
+    seed: int
     states: list[State]
-    expected: torch.Tensor
-    picture: Any
-    disk_bytes: int
+    probes: list[State]
+    expected: Tensor
+    checker: Checker
 
-    def paint(self, pipe: Any, name: str) -> Any:
-        made = image(pipe, UNSEEN, 0, **self.call)
-        made.save(self.out / "images" / f"{name}.png")
-        return made
+    def denoiser(self, pipe: Any) -> nn.Module:
+        return getattr(pipe, shipped.DENOISERS[self.name])
 
 
-def run_demo(out: Path, seed: int = 0, tiny: bool = False) -> bool:
+@dataclass(frozen=True)
+class Variant:
+    """A pipeline that was saved and reloaded; `differs`: the modes in which it is not what was saved."""
+
+    recipe: str
+    pipe: Any
+    folder: Path
+    seconds: float
+    differs: tuple[str, ...]
+
+
+def run_demo(name: str, out: Path, seed: int = 0, extent: Extent = FULL) -> bool:
     """Prints and writes everything; False if a reloaded model differed."""
     started = time.monotonic()
     try:
-        (out / "images").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NunchakuError(f"{out}: cannot be written: {error}") from error
-    bench = _bench(out, seed, tiny)
-    rows = []
-    print(_line([name for name, _ in COLUMNS]))
-    print(_line(["16 bit", f"{bench.disk_bytes / 2**20:.1f} MiB", "", "", _step(bench)]), flush=True)
-    for recipe, calibrated in VARIANTS:
-        for i, row in enumerate(_variant(bench, recipe, calibrated)):
-            print(_line(row.cells(i == 0)), flush=True)
-            rows.append(row)
-    _write(rows, out / "table.csv")
-    alike = all(row.same_bits_after_reload == "same bits" for row in rows)
-    print(_closing(bench, rows, out, alike, time.monotonic() - started))
+    subject = _subject(name, seed, extent)
+    print(f"{_about(subject)}\n", flush=True)
+    variants = [_variant(subject, recipe, out) for recipe in RECIPES]
+    columns = list(_columns(subject, variants))
+    print(f"\n{text([column.row for column in columns])}\n")
+    _write(subject, columns, out, extent.shown)
+    alike = not any(variant.differs for variant in variants)
+    print(_closing(variants, out, time.monotonic() - started))
     return alike
 
 
-def _bench(out: Path, seed: int, tiny: bool) -> Bench:
-    pipe = flux_pipeline(TINY if tiny else DEMO, seed)
-    side = 128 if tiny else 256
-    call = {"num_inference_steps": 4, "height": side, "width": side, "max_sequence_length": 32}
-    weights = sum(p.numel() for p in pipe.transformer.parameters())
-    print(f"a miniature FLUX: {weights / 1e6:.1f} M random weights, hidden size {pipe.transformer.inner_dim}, "
-          f"{side}x{side} pixels, {torch.get_num_threads()} CPU threads, {_operators()}\n")
-    pipe.save_pretrained(out / "flux-16bit")
-    states = capture_states(pipe, pipe.transformer, [{"prompt": UNSEEN, **call}], 2, seed=99, show=False)
-    bench = Bench(pipe, out, call, states, outputs(pipe.transformer, states), None,
-                  _disk(out / "flux-16bit" / "transformer"))
-    bench.picture = bench.paint(pipe, "16bit")
-    return bench
+def captions(count: int, seed: int, held_out: bool) -> list[str]:
+    """Sentences about random scenes; held out: with a pair of colour and shape that no training picture had."""
+    chance = random.Random(f"{seed} {held_out}")
+    return [describe(draw(chance, held_out), chance) for _ in range(count)]
 
 
-def _variant(bench: Bench, recipe: str, calibrated: bool) -> Iterator[Row]:
-    """Quantize a copy, save, reload; then a row for each mode."""
-    name = f"{recipe}-{'calibrated' if calibrated else 'data-free'}"
-    pipe = bench.pipe.__class__(**{**bench.pipe.components, "transformer": copy.deepcopy(bench.pipe.transformer)})
-    pipe.set_progress_bar_config(disable=True)
-    data = [{"prompt": prompt, **bench.call} for prompt in PROMPTS] if calibrated else None
+def _subject(name: str, seed: int, extent: Extent) -> Subject:
+    pipe = shipped.pipeline(name, DTYPE)
+    call = shipped.CALLS[name] | ({} if extent.steps is None else {"num_inference_steps": extent.steps})
+    model = getattr(pipe, shipped.DENOISERS[name])
+    prompts = captions(extent.prompts, seed, held_out=True)
+    known = captions(extent.calibration, seed, held_out=False)
+    states = capture_states(pipe, model, known, extent.states, seed=seed + len(prompts), **call)
+    probes = capture_states(pipe, model, prompts[:extent.probes], extent.probes, seed=seed, show=False, **call)
+    return Subject(name, pipe, call, prompts, seed, states, probes, outputs(model, probes), load_checker())
+
+
+def _variant(subject: Subject, recipe: str, out: Path) -> Variant:
+    """Quantize the pipeline afresh, save it, load it."""
+    pipe, folder = shipped.pipeline(subject.name, DTYPE), out / recipe
+    rounding = recipe.startswith("rtn")
     started = time.monotonic()
-    quantize(pipe, recipe, data, rank=None if recipe.startswith("rtn") else RANK, states=8, progress=False)
+    quantize(pipe, recipe, None if rounding else subject.states, rank=None if rounding else RANK, seed=subject.seed)
     seconds = time.monotonic() - started
-    folder = bench.out / name
-    save(pipe.transformer, folder)
-    again = load(folder)
-    for mode in MODES:
+    save(pipe, folder)
+    write_call(folder, shipped.CALLS[subject.name])
+    again = load(folder, dtype=DTYPE)
+    again.set_progress_bar_config(disable=True)
+    differs = tuple(mode for mode in MODES if not _alike(subject, pipe, again, mode))
+    print(f"{recipe}: quantized in {seconds:.1f} s, saved, reloaded; "
+          f"{'DIFFERS in ' + ', '.join(differs) if differs else 'the same bits in ' + ', '.join(MODES)}", flush=True)
+    return Variant(recipe, again, folder, seconds, differs)
+
+
+def _alike(subject: Subject, saved: Any, again: Any, mode: str) -> bool:
+    for pipe in (saved, again):
         set_mode(pipe, mode)
-        set_mode(again, mode)
-        alike = same_bits(pipe.transformer, again, bench.states[:1])
-        disk = _disk(folder)
-        yield Row(name, disk, bench.disk_bytes / disk, seconds, mode, 1000 * step_seconds(again, bench.states[0]),
-                  relative_error(outputs(again, bench.states), bench.expected),
-                  psnr(*map(pixels, ([bench.paint(pipe, f"{name}-{mode}")], [bench.picture]))).item(),
-                  "same bits" if alike else "DIFFERS")
+    return same_bits(subject.denoiser(saved), subject.denoiser(again), subject.probes[:1])
 
 
-def _step(bench: Bench) -> str:
-    return f"{1000 * step_seconds(bench.pipe.transformer, bench.states[0]):.0f} ms"
+def _columns(subject: Subject, variants: Sequence[Variant]) -> Iterator[Column]:
+    """16 bit first, then every variant in its modes."""
+    paintings = 1 + sum(len(RECIPES[variant.recipe]) for variant in variants)
+    work = paintings * len(subject.prompts) * subject.call["num_inference_steps"]
+    with Progress(work, "paint and measure", leave=False) as progress:
+        progress.say("16 bit")
+        dense = _dense(subject, progress.advance)
+        yield dense
+        for variant in variants:
+            for mode in RECIPES[variant.recipe]:
+                progress.say(f"{variant.recipe} {mode}")
+                set_mode(variant.pipe, mode)
+                yield _quantized(subject, variant, mode, dense.pictures, progress.advance)
+
+
+def _dense(subject: Subject, step_done: Callable[[int], None]) -> Column:
+    model = subject.denoiser(subject.pipe)
+    pictures, right = _painted(subject, subject.pipe, step_done)
+    return Column(Row("", "", float("inf"), 1.0, sum(right) / len(right), 0.0, _step_ms(subject, subject.pipe),
+                      held_bytes(model), _disk(shipped.folder(subject.name) / shipped.DENOISERS[subject.name])),
+                  pictures, right)
+
+
+def _quantized(subject: Subject, variant: Variant, mode: str, dense: Tensor, step_done: Callable[[int], None]
+               ) -> Column:
+    """The variant in this mode, which is set."""
+    model = subject.denoiser(variant.pipe)
+    pictures, right = _painted(subject, variant.pipe, step_done)
+    error = relative_error(outputs(model, subject.probes), subject.expected)
+    return Column(Row(variant.recipe, mode, psnr(pictures, dense).mean().item(), ssim(pictures, dense).mean().item(),
+                      sum(right) / len(right), error, _step_ms(subject, variant.pipe), held_bytes(model),
+                      _disk(variant.folder / shipped.DENOISERS[subject.name]), variant.seconds), pictures, right)
+
+
+def _painted(subject: Subject, pipe: Any, step_done: Callable[[int], None]) -> tuple[Tensor, list[bool]]:
+    pictures = paint(pipe, subject.prompts, subject.seed, subject.call, step_done)
+    return pictures, agreement(subject.checker, pictures, subject.prompts)
+
+
+def _step_ms(subject: Subject, pipe: Any) -> float:
+    return 1000 * step_seconds(subject.denoiser(pipe), subject.probes[0])
 
 
 def _disk(folder: Path) -> int:
-    return sum(os.path.getsize(file) for file in folder.glob("*") if file.is_file())
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _line(cells: list[str]) -> str:
-    return "".join(cell.ljust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=False)).rstrip()
+def _about(subject: Subject) -> str:
+    model = subject.denoiser(subject.pipe)
+    weights = sum(p.numel() for p in model.parameters())
+    return (f"{subject.name}: {type(subject.pipe).__name__} with {weights / 1e6:.1f} M weights in its denoiser, "
+            f"{subject.call['width']}x{subject.call['height']} pixels, {subject.call['num_inference_steps']} steps, "
+            f"{len(subject.prompts)} prompts; {torch.get_num_threads()} CPU threads, {_operators()}")
 
 
 def _operators() -> str:
@@ -148,21 +200,25 @@ def _operators() -> str:
     return f"CPU kernels for {native.cpu_isa()}"
 
 
-def _write(rows: list[Row], path: Path) -> None:
-    names = [field.name for field in fields(Row)]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in rows)
+def _write(subject: Subject, columns: Sequence[Column], out: Path, shown: int) -> None:
+    notes = (f"Numbers over {len(subject.prompts)} prompts, each with a pair of colour and shape that the model never "
+             "saw in training; every row starts from the same noise.",
+             "SVDQuant calibrated on other prompts. PSNR and SSIM against 16 bit.")
+    title = f"{subject.name}: 16 bit and 4 bit"
+    prompts = subject.prompts[:shown]
+    shortened = [replace(column, pictures=column.pictures[:shown], right=column.right[:shown]) for column in columns]
+    Sheet(shortened, prompts, title, notes).drawn().save(out / "sheet.png", optimize=True)
+    (out / "index.html").write_text(page(title, _about(subject), shortened, prompts, notes), encoding="utf-8")
+    write_csv([column.row for column in columns], out / "table.csv")
 
 
-def _closing(bench: Bench, rows: list[Row], out: Path, alike: bool, seconds: float) -> str:
-    reload = "every reloaded model equals the saved one bit for bit" if alike else "A RELOADED MODEL DIFFERS"
-    return f"""
-{reload}; {len(rows)} rows in {seconds:.0f} s
-error: of the denoiser's output against 16 bit, on a prompt that was not calibrated on; PSNR: of the final image
-step:  one denoiser call; a model so small says little of the speed of a large one
+def _closing(variants: Sequence[Variant], out: Path, seconds: float) -> str:
+    wrong = [f"{variant.recipe} in {mode}" for variant in variants for mode in variant.differs]
+    reload = f"RELOADED MODELS DIFFER: {', '.join(wrong)}" if wrong else \
+        "every reloaded model equals the saved one bit for bit"
+    return f"""PSNR, SSIM: of the pictures against 16 bit; as said: pictures that show what their prompt says
+error: of the denoiser's output against 16 bit; step: one denoiser call, which in a model so small is mostly overhead
+memory, on disk: of the denoiser; {reload}; {seconds:.0f} s
 
-The weights are random, so the pictures are noise. What the table shows: the whole way from a pipeline to a 4-bit
-checkpoint and back works, what it saves on disk, and how far each mode is from 16 bit on the same weights.
-images: {out / 'images'}   checkpoints: {out}   table: {out / 'table.csv'}"""
+pictures: {out / 'sheet.png'}   page: {out / 'index.html'}   table: {out / 'table.csv'}
+checkpoints: {', '.join(str(variant.folder) for variant in variants)}"""

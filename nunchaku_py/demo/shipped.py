@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import NunchakuError
+
+if TYPE_CHECKING:  # commands look names up here: quick, without torch
+    import torch
 
 WEIGHTS = Path(__file__).parent / "weights"
 # What each pipeline is called with; the prompt and the generator are the caller's.
@@ -18,15 +19,24 @@ CALLS: dict[str, dict[str, Any]] = {
 DENOISERS = {"tiny-flux": "transformer", "tiny-sdxl": "unet"}
 
 
-def pipeline(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The 16-bit diffusers pipeline of this name."""
-    from diffusers import DiffusionPipeline
-
+def folder(name: str) -> Path:
+    """Where the pipeline of this name lies."""
     if name not in CALLS:
         raise NunchakuError(f"no shipped pipeline is called '{name}'; there are {' and '.join(CALLS)}")
-    folder = WEIGHTS / name
-    if not (folder / "model_index.json").exists():
-        raise NunchakuError(f"{folder}: the shipped weights are missing; reinstall nunchaku-py")
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    found = WEIGHTS / name
+    if not (found / "model_index.json").exists():
+        raise NunchakuError(f"{found}: the shipped weights are missing; reinstall nunchaku-py")
+    return found
+
+
+def pipeline(name: str, dtype: torch.dtype | None = None) -> Any:
+    """The diffusers pipeline of this name, in bfloat16 unless told otherwise."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from ..checkpoint.own import dtype_argument
+
+    pipe = DiffusionPipeline.from_pretrained(folder(name), **dtype_argument(dtype or torch.bfloat16),
+                                             local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -6,20 +6,11 @@ import pytest
 import torch
 
 from nunchaku_py import NunchakuError
-from nunchaku_py.demo import measure
+from nunchaku_py.demo import measure, shipped
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_pixels_of_pil_images():
-    from PIL import Image
-
-    found = measure.pixels([Image.new("RGB", (3, 2), (255, 0, 51)), Image.new("L", (3, 2), 51)])
-    assert found.shape == (2, 3, 2, 3)
-    assert torch.equal(found[0, :, 1, 2], torch.tensor([1.0, 0.0, 0.2]))
-    assert torch.equal(found[1], torch.full((3, 2, 3), 0.2))
 
 
 def test_psnr_is_of_each_picture():
@@ -82,3 +73,22 @@ def test_relative_error_and_same_bits():
     linear = torch.nn.Linear(2, 2)
     assert measure.same_bits(linear, linear, [])
     assert not measure.same_bits(linear, torch.nn.Linear(2, 2), [])
+
+
+def test_pictures_are_painted_in_batches_with_a_seed_each(stand_in, monkeypatch):
+    pipe, call = shipped.pipeline("tiny-flux", torch.float32), {**shipped.CALLS["tiny-flux"], "num_inference_steps": 2}
+    prompts, done = ["a red circle", "a blue star", "a pink ring"], []
+    monkeypatch.setattr(measure, "BATCH", 2)
+    together = measure.paint(pipe, prompts, 5, call, done.append)
+    assert together.shape == (3, 3, 64, 64) and 0 <= together.min() < together.max() <= 1
+    assert done == [2, 2, 1, 1]
+    alone = torch.cat([measure.paint(pipe, [prompt], 5 + i, call) for i, prompt in enumerate(prompts)])
+    assert torch.allclose(together, alone, atol=1e-3)
+
+
+def test_held_bytes_counts_each_tensor_once():
+    first, second = torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(4, 8)
+    second.weight = first.weight
+    both = torch.nn.ModuleList([first, second]).bfloat16()
+    both.register_buffer("table", torch.zeros(5, dtype=torch.int8), persistent=False)
+    assert measure.held_bytes(both) == 2 * 4 * 8 + 2 * 8 + 5

@@ -1,0 +1,78 @@
+"""Shipped pipelines by name, on the command line and in Python, and what a folder says it is called with."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nunchaku_py import NunchakuError, cli
+from nunchaku_py.commands import generate
+from nunchaku_py.demo import shipped
+from tests.tiny_pipelines import flux_prompt
+
+pytestmark = pytest.mark.usefixtures("stand_in")
+PROMPT = ("--prompt", "a red circle")
+
+
+def run(*argv: object) -> None:
+    assert cli.main([str(arg) for arg in argv]) == 0
+
+
+@pytest.mark.parametrize("name", shipped.CALLS)
+def test_pipelines_load_in_the_asked_dtype(name: str):
+    assert shipped.pipeline(name).dtype == torch.bfloat16
+    assert shipped.pipeline(name, torch.float16).dtype == torch.float16
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(NunchakuError, match="no shipped pipeline is called 'flux'; there are tiny-flux and tiny-sdxl"):
+        shipped.pipeline("flux")
+
+
+@pytest.mark.parametrize("name", shipped.CALLS)
+def test_generate_takes_the_name_and_calls_it_as_shipped(name: str, tmp_path: Path, monkeypatch):
+    calls = []
+    whole = generate._call
+    monkeypatch.setattr(generate, "_call", lambda pipe, call: calls.append(call) or whole(pipe, call))
+    run("generate", name, *PROMPT, "--steps", "1", "--out", tmp_path / "x.png")
+    assert {**shipped.CALLS[name], "num_inference_steps": 1}.items() <= calls[0].items()
+    assert Image.open(tmp_path / "x.png").size == (64, 64)
+
+
+def test_a_quantized_copy_remembers_how_it_is_called(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text('a red circle\n{"prompt": "a blue star", "num_inference_steps": 1}\n')
+    run("quantize", "tiny-flux", tmp_path / "out", "--recipe", "rtn-int4", "--prompts", tmp_path / "prompts.txt",
+        "--states", "2")
+    assert json.loads((tmp_path / "out/generate.json").read_text()) == shipped.CALLS["tiny-flux"]
+    run("generate", tmp_path / "out", *PROMPT, "--steps", "1", "--out", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (64, 64)
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("inspect", "tiny-flux")
+    assert "FluxPipeline" in capsys.readouterr().out
+    (tmp_path / "tiny-flux").mkdir()
+    assert cli.main(["inspect", "tiny-flux"]) == 1
+    assert "holds neither a pipeline" in capsys.readouterr().err
+
+
+def test_a_recommended_argument_the_pipeline_does_not_take_is_refused(weights: Path, tmp_path: Path, capsys):
+    run("quantize", "tiny-flux", tmp_path / "out", "--recipe", "rtn-int4")
+    (tmp_path / "out/generate.json").write_text('{"colour": "red"}')
+    assert cli.main(["generate", str(tmp_path / "out"), *PROMPT, "--out", str(tmp_path / "x.png")]) == 1
+    assert "colour: FluxPipeline takes no colour" in capsys.readouterr().err
+
+
+def test_prompts_are_no_longer_than_the_tokenizers_know():
+    pipe = flux_prompt()[0]
+    known = inspect.signature(pipe.__call__).parameters
+    longest = pipe.tokenizer.model_max_length
+    assert longest > pipe.tokenizer_2.model_max_length
+    assert generate._longest_prompt(pipe, known) == {"max_sequence_length": longest}
+    pipe.tokenizer.model_max_length = pipe.tokenizer_2.model_max_length = 10**30  # none: how transformers says so
+    assert generate._longest_prompt(pipe, known) == {}
+    assert generate._longest_prompt(pipe, {}) == {}
