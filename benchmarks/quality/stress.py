@@ -155,13 +155,13 @@ def change_of(parts: Sequence[Tensor], mixes: bool, generator: torch.Generator) 
 def channel_factors(parts: Sequence[Tensor], free: Tensor, generator: torch.Generator) -> Tensor:
     """c (C): 1, but for a few of the `free` channels; the first of them reaches STRENGTH, on average over the parts."""
     tops = torch.stack([x.abs().amax(0) for x in parts])
-    stands_out = (tops / tops.median(1, keepdim=True).values).mean(0)
-    usual = stands_out / stands_out[free].median()
+    usual = (tops / tops[:, free].median(1, keepdim=True).values).mean(0)
     ordinary = ((usual >= ORDINARY[0]) & (usual <= ORDINARY[1]) & free).nonzero().flatten()
     chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:max(2, round(SHARE * len(free)))]]
+    middle = tops.index_fill(1, chosen, torch.inf).median(1, keepdim=True).values  # as it will be then
     reached = STRENGTH * WEAKEST ** torch.rand(len(chosen), generator=generator, dtype=usual.dtype)
     reached[:1] = STRENGTH
-    return torch.ones_like(usual).index_put((chosen,), reached / stands_out[chosen])
+    return torch.ones_like(usual).index_put((chosen,), reached / (tops / middle).mean(0)[chosen])
 
 
 def direction(x: Tensor, generator: torch.Generator) -> Tensor:
