@@ -102,7 +102,7 @@ def _arguments(pipe: Any, args: argparse.Namespace, usual: dict[str, Any]) -> di
     import torch
 
     known = inspect.signature(pipe.__call__).parameters
-    call = {**_longest_prompt(pipe, known), **usual, **_given(args)}
+    call = {**_longest_prompt(pipe, known), **usual, **_given(args, usual)}
     for name in call:
         if name not in known:
             raise NunchakuError(f"{_OPTIONS.get(name, name)}: {type(pipe).__name__} takes no {name}")
@@ -115,8 +115,10 @@ def _arguments(pipe: Any, args: argparse.Namespace, usual: dict[str, Any]) -> di
     return call
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, option) for option, name in NAMES.items() if getattr(args, option) is not None}
+def _given(args: argparse.Namespace, usual: dict[str, Any]) -> dict[str, Any]:
+    """--guidance is that of a negative prompt where the pipeline is made for it: a FLUX that was not distilled."""
+    names = NAMES | ({"guidance": "true_cfg_scale"} if "true_cfg_scale" in usual else {})
+    return {name: getattr(args, option) for option, name in names.items() if getattr(args, option) is not None}
 
 
 def _longest_prompt(pipe: Any, known: Mapping[str, inspect.Parameter]) -> dict[str, int]:

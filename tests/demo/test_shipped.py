@@ -42,6 +42,15 @@ def test_generate_takes_the_name_and_calls_it_as_shipped(name: str, tmp_path: Pa
     assert Image.open(tmp_path / "x.png").size == (64, 64)
 
 
+def test_guidance_is_the_one_the_pipeline_is_made_for(tmp_path: Path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(generate, "_call", lambda pipe, call: calls.append(call) or Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(generate, "_images", lambda result: [result])
+    for name in shipped.CALLS:
+        run("generate", name, *PROMPT, "--guidance", "2.5", "--out", tmp_path / "x.png")
+    assert calls[0]["true_cfg_scale"] == 2.5 == calls[1]["guidance_scale"] and "guidance_scale" not in calls[0]
+
+
 def test_a_quantized_copy_remembers_how_it_is_called(tmp_path: Path):
     (tmp_path / "prompts.txt").write_text('a red circle\n{"prompt": "a blue star", "num_inference_steps": 1}\n')
     run("quantize", "tiny-flux", tmp_path / "out", "--recipe", "rtn-int4", "--prompts", tmp_path / "prompts.txt",
