@@ -218,7 +218,8 @@ def native_build() -> dict:
 
 
 if __name__ == "__main__":
-    packages = find_namespace_packages(include=["nunchaku_py", "nunchaku_py.*"], exclude=["*.__pycache__", "nunchaku_py.demo.weights*"])
+    packages = find_namespace_packages(  # the shipped weights are nunchaku_py.demo's data, not packages of their own
+        include=["nunchaku_py", "nunchaku_py.*"], exclude=["*.__pycache__", "nunchaku_py.demo.weights*"])
     kernels = ["nunchaku_py.kernels"] + [
         f"nunchaku_py.kernels.{name}" for name in find_namespace_packages("kernels", exclude=["*__pycache__"])
     ]

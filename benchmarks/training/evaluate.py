@@ -1,0 +1,108 @@
+"""Do the models draw what held-out captions say? `python -m benchmarks.training.evaluate tiny-flux`.
+
+Every caption names a pair of colour and shape that training never showed. `--running` takes the weights of the training
+runs as they are now instead of the shipped ones; `--sheet` writes the pictures, wrong ones with a red rim.
+"""
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nunchaku_py.demo import shipped
+from nunchaku_py.demo.checker import agreement, load_checker
+from nunchaku_py.demo.scenes import describe, draw
+
+CAPTION_SEED, BATCH, COLUMNS = 2024, 32, 16
+
+
+def held_out_captions(count: int) -> list[str]:
+    chance = random.Random(CAPTION_SEED)
+    return [describe(draw(chance, held_out=True), chance) for _ in range(count)]
+
+
+@torch.inference_mode()
+def drawn(pipe: Any, captions: Sequence[str], call: dict[str, Any], seed: int = 0) -> Tensor:
+    """(B, 3, H, W) in [0, 1]; picture i starts from the noise of seed + i, whatever is drawn with it."""
+    found = []
+    for start in range(0, len(captions), BATCH):
+        part = list(captions[start:start + BATCH])
+        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        made = pipe(part, generator=noise, output_type="np", **call).images
+        found.append(torch.from_numpy(made).permute(0, 3, 1, 2))
+    return torch.cat(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=shipped.CALLS)
+    parser.add_argument("--running", action="store_true")
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sheet", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    captions = held_out_captions(arguments.count)
+    right, pictures = _measured(_pipeline(arguments.name, arguments.running), captions, _call(arguments))
+    for count, wanted in _by_count(captions, right).items():
+        print(f"{count} thing{'s' * (count > 1)}: {100 * sum(wanted) / len(wanted):.1f} % of {len(wanted)}")
+    print(f"{arguments.name}: {100 * sum(right) / len(right):.1f} % of {len(right)} held-out captions")
+    if arguments.sheet:
+        _sheet(pictures, right).save(arguments.sheet)
+
+
+def _pipeline(name: str, running: bool) -> Any:
+    if not running:
+        return shipped.pipeline(name)
+    from .ship import PIPELINES
+
+    pipe = PIPELINES[name]().to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _call(arguments: argparse.Namespace) -> dict[str, Any]:
+    call = dict(shipped.CALLS[arguments.name])
+    if arguments.steps:
+        call["num_inference_steps"] = arguments.steps
+    if arguments.guidance:
+        call["true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"] = arguments.guidance
+    return call
+
+
+def _measured(pipe: Any, captions: Sequence[str], call: dict[str, Any]) -> tuple[list[bool], Tensor]:
+    pictures = drawn(pipe, captions, call)
+    return agreement(load_checker(), pictures, captions), pictures
+
+
+def _by_count(captions: Sequence[str], right: Sequence[bool]) -> dict[int, list[bool]]:
+    from nunchaku_py.demo.scenes import read
+
+    found: dict[int, list[bool]] = {}
+    for caption, good in zip(captions, right, strict=True):
+        found.setdefault(len(read(caption).things), []).append(good)
+    return dict(sorted(found.items()))
+
+
+def _sheet(pictures: Tensor, right: Sequence[bool]) -> Any:
+    from PIL import Image
+
+    framed = torch.nn.functional.pad(pictures, (2, 2, 2, 2), value=1.0)
+    for i, good in enumerate(right):
+        if not good:
+            framed[i, 1:, :2] = framed[i, 1:, -2:] = framed[i, 1:, :, :2] = framed[i, 1:, :, -2:] = 0
+    count, channels, height, width = framed.shape
+    framed = torch.cat([framed, torch.ones(-count % COLUMNS, channels, height, width)])
+    rows = framed.reshape(-1, COLUMNS, channels, height, width).permute(0, 3, 1, 4, 2)
+    return Image.fromarray((rows.reshape(-1, COLUMNS * width, channels) * 255).byte().numpy())
+
+
+if __name__ == "__main__":
+    main()
