@@ -81,7 +81,7 @@ class Run:
 
     def _train(self, loss: Loss) -> None:
         self.module.train()
-        heard: dict[str, float] = {}
+        heard: dict[str, list[float]] = {}
         started, since = time.monotonic(), self.step
         while self.step < self.plan.steps:
             found, values = loss(self.step, self.plan.generator(self.step))
@@ -89,10 +89,11 @@ class Run:
             self._update()
             self.step += 1
             for name, value in {"loss": found.item(), **values}.items():
-                heard[name] = heard.get(name, 0.0) + value / LOG_EVERY
+                heard.setdefault(name, []).append(value)
             if self.step % LOG_EVERY == 0:
                 seconds = (time.monotonic() - started) / (self.step - since)
-                self._log({**heard, "samples_per_second": self.plan.batch / seconds})
+                means = {name: sum(values) / len(values) for name, values in heard.items()}
+                self._log({**means, "samples_per_second": self.plan.batch / seconds})
                 heard = {}
                 started, since = time.monotonic(), self.step
             if self.step % SAVE_EVERY == 0:
