@@ -53,11 +53,12 @@ def key_of(row: Row) -> Key:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, numbers as numbers; none where there is no file. An interrupted last line is left out."""
+    """The rows of a file, numbers as numbers; none where there is no file. A line that was cut off is left out, and a
+    second header, where two processes began the file at once."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        found = [row for row in csv.DictReader(file) if None not in row.values()]
+        found = [row for row in csv.DictReader(file) if None not in row.values() and row["date"] != "date"]
     return [Row(**{name: _value(name, row[name]) for name in NAMES}) for row in found]
 
 

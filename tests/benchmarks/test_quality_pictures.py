@@ -95,6 +95,13 @@ def test_a_line_that_was_cut_off_is_left_out_and_does_not_spoil_the_next(tmp_pat
     assert [one.error for one in read(path)] == [0.1, 0.2]
 
 
+def test_a_second_header_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    append(path, row(error=0.1))
+    path.write_text(2 * path.read_text())
+    assert [one.error for one in read(path)] == [0.1, 0.1]
+
+
 def test_of_several_weights_the_last_count_and_of_equal_rows_the_last() -> None:
     rows = [row(weights="old", error=1.0), row(error=2.0), row(stress="plain", weights="old", error=3.0),
             row(error=4.0)]
