@@ -45,21 +45,31 @@ def draw_errors(axes: Any, table: Table, model: str, stress: str) -> None:
         found = [list(table.errors(**same, method=method, rank=rank).values()) for method, rank in PLACES]
         there = [place for place, errors in enumerate(found) if errors]
         means = [100 * statistics.mean(found[place]) for place in there]
-        axes.plot(there, means, style, color=colour, marker="o", markersize=4, label=f"{fmt} {mode}")
+        if there:
+            axes.plot(there, means, style, color=colour, marker="o", markersize=4, label=f"{fmt} {mode}")
         single = [(place, 100 * error) for place in there for error in found[place]]
         axes.plot([place for place, _ in single], [error for _, error in single], ".", color=colour, alpha=0.3)
-    for row, colour in [*((row, "C3") for row in table.peers(model, stress)),
-                        *((row, "k") for row in table.pick(model=model, stress=stress, method=EXACT))]:
-        axes.axhline(100 * row.error, color=colour, lw=0.8, ls="-.")
-        axes.text(len(PLACES) - 0.6, 100 * row.error, f"{row.method} {row.settings}", fontsize=6, va="bottom",
-                  ha="right", color=colour)
+    draw_levels(axes, table, model, stress)
+    labels = [method if method in ("rtn", "smooth") else f"{method}\nrank {rank}" for method, rank in PLACES]
+    axes.set_xticks(range(len(PLACES)), labels, fontsize=7, rotation=35)
+    axes.set_xlim(-0.5, len(PLACES) - 0.5)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(PLACES)), [f"{method}\nrank {rank}" if rank else method for method, rank in PLACES],
-                    fontsize=7, rotation=35)
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
+    axes.tick_params(axis="y", which="both", labelsize=7)
     axes.set_ylabel("error of the denoiser's output, %")
     axes.set_title(f"{model}, {stress}: along the 16-bit trajectory", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
+
+
+def draw_levels(axes: Any, table: Table, model: str, stress: str) -> None:
+    """A line across for each setting of sdnq, and for what 16-bit rounding alone does."""
+    levels = [(row, "C3", f"{row.method} {row.settings}, a16") for row in table.peers(model, stress)]
+    levels += [(row, "k", "16-bit rounding") for row in table.pick(model=model, stress=stress, method=EXACT)]
+    for row, colour, said in levels:
+        axes.axhline(100 * row.error, color=colour, lw=0.8, ls="-.")
+        axes.text(len(PLACES) - 0.55, 100 * row.error, said, fontsize=6, va="bottom", ha="right", color=colour)
 
 
 def draw_psnr(axes: Any, table: Table, model: str, stress: str) -> None:

@@ -48,14 +48,14 @@ def bar_lines(found: list[Bar]) -> list[str]:
 
 
 def sixteen_lines(table: Table, model: str, stress: str) -> Iterator[str]:
-    """What the model is like before it is quantized."""
+    """What the model is like before it is quantized, as a list."""
     for row in table.pick(model=model, stress=stress, method=EXACT):
-        yield f"16-bit rounding alone changes the denoiser's output by {percent(row.error)} (against fp32)."
+        yield f"- 16-bit rounding alone changes the denoiser's output by {percent(row.error)} (against fp32)."
     row = table.looks(model=model, stress=stress, method=SIXTEEN)
     if row is not None:
-        yield f"Its own pictures show what {percent(row.agreement)} of {row.prompts} held-out prompts say."
+        yield f"- Its own pictures show what {percent(row.agreement)} of {row.prompts} held-out prompts say."
     for row in table.pick(model=model, stress=stress, method=SIXTEEN)[:1]:
-        yield f"Activations, {row.note}."
+        yield f"- Activations, {row.note}."
 
 
 def error_lines(table: Table, model: str, stress: str) -> Iterator[str]:
