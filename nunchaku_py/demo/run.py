@@ -57,6 +57,7 @@ class Subject:
     """The 16-bit pipeline, and all that each variant is given alike. states: calibration; probes: inputs compared."""
 
     name: str
+    about: str
     pipe: Any
     call: dict[str, Any]
     prompts: list[str]
@@ -89,7 +90,6 @@ def run_demo(name: str, out: Path, seed: int = 0, extent: Extent = FULL) -> bool
     except OSError as error:
         raise NunchakuError(f"{out}: cannot be written: {error}") from error
     subject = _subject(name, seed, extent)
-    print(f"{_about(subject)}\n", flush=True)
     variants = [_variant(subject, recipe, out) for recipe in RECIPES]
     columns = list(_columns(subject, variants))
     print(f"\n{text([column.row for column in columns])}\n")
@@ -110,10 +110,12 @@ def _subject(name: str, seed: int, extent: Extent) -> Subject:
     call = shipped.CALLS[name] | ({} if extent.steps is None else {"num_inference_steps": extent.steps})
     model = getattr(pipe, shipped.DENOISERS[name])
     prompts = captions(extent.prompts, seed, held_out=True)
+    about = _about(name, pipe, call, len(prompts))
+    print(f"{about}\n", flush=True)
     known = captions(extent.calibration, seed, held_out=False)
     states = capture_states(pipe, model, known, extent.states, seed=seed + len(prompts), **call)
     probes = capture_states(pipe, model, prompts[:extent.probes], extent.probes, seed=seed, show=False, **call)
-    return Subject(name, pipe, call, prompts, seed, states, probes, outputs(model, probes), load_checker())
+    return Subject(name, about, pipe, call, prompts, seed, states, probes, outputs(model, probes), load_checker())
 
 
 def _variant(subject: Subject, recipe: str, out: Path) -> Variant:
@@ -186,12 +188,11 @@ def _disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _about(subject: Subject) -> str:
-    model = subject.denoiser(subject.pipe)
-    weights = sum(p.numel() for p in model.parameters())
-    return (f"{subject.name}: {type(subject.pipe).__name__} with {weights / 1e6:.1f} M weights in its denoiser, "
-            f"{subject.call['width']}x{subject.call['height']} pixels, {subject.call['num_inference_steps']} steps, "
-            f"{len(subject.prompts)} prompts; {torch.get_num_threads()} CPU threads, {_operators()}")
+def _about(name: str, pipe: Any, call: dict[str, Any], prompts: int) -> str:
+    weights = sum(p.numel() for p in getattr(pipe, shipped.DENOISERS[name]).parameters())
+    return (f"{name}: {type(pipe).__name__} with {weights / 1e6:.1f} M weights in its denoiser, "
+            f"{call['width']}x{call['height']} pixels, {call['num_inference_steps']} steps, {prompts} prompts; "
+            f"{torch.get_num_threads()} CPU threads, {_operators()}")
 
 
 def _operators() -> str:
@@ -208,7 +209,7 @@ def _write(subject: Subject, columns: Sequence[Column], out: Path, shown: int) -
     prompts = subject.prompts[:shown]
     shortened = [replace(column, pictures=column.pictures[:shown], right=column.right[:shown]) for column in columns]
     Sheet(shortened, prompts, title, notes).drawn().save(out / "sheet.png", optimize=True)
-    (out / "index.html").write_text(page(title, _about(subject), shortened, prompts, notes), encoding="utf-8")
+    (out / "index.html").write_text(page(title, subject.about, shortened, prompts, notes), encoding="utf-8")
     write_csv([column.row for column in columns], out / "table.csv")
 
 

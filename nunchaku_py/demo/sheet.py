@@ -108,7 +108,7 @@ class Sheet:
             self.write(x + 36, y, said, BODY, FAINT)
             x += 36 + round(self.font(BODY).getlength(said)) + 3 * GAP
         for i, note in enumerate(self.notes):
-            self.write(MARGIN, y + (i + 1) * LINE, note, BODY, FAINT)
+            self.write(MARGIN, y + (i + 1) * LINE + 4, note, BODY, FAINT)
 
     def write(self, x: int, y: int, text: str, points: int, colour: tuple[int, int, int] = INK) -> None:
         self.pen.text((x, y), text, colour, self.font(points))
