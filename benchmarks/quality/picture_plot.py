@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def draw(table: Table, path: Path) -> str | None:
 
 
 def draw_errors(axes: Any, table: Table, model: str, stress: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     for (fmt, mode), (colour, style) in LINES.items():
         same = {"model": model, "stress": stress, "format": fmt, "mode": mode}
         found = [list(table.errors(**same, method=method, rank=rank).values()) for method, rank in PLACES]
@@ -54,22 +57,22 @@ def draw_errors(axes: Any, table: Table, model: str, stress: str) -> None:
     axes.set_xticks(range(len(PLACES)), labels, fontsize=7, rotation=35)
     axes.set_xlim(-0.5, len(PLACES) - 0.5)
     axes.set_yscale("log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")
     axes.tick_params(axis="y", which="both", labelsize=7)
     axes.set_ylabel("error of the denoiser's output, %")
     axes.set_title(f"{model}, {stress}: along the 16-bit trajectory", fontsize=9)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=6, ncols=2)
 
 
 def draw_levels(axes: Any, table: Table, model: str, stress: str) -> None:
     """A line across for each setting of sdnq, and for what 16-bit rounding alone does."""
     levels = [(row, "C3", f"{row.method} {row.settings}, a16") for row in table.peers(model, stress)]
     levels += [(row, "k", "16-bit rounding") for row in table.pick(model=model, stress=stress, method=EXACT)]
-    for row, colour, said in levels:
-        axes.axhline(100 * row.error, color=colour, lw=0.8, ls="-.")
-        axes.text(len(PLACES) - 0.55, 100 * row.error, said, fontsize=6, va="bottom", ha="right", color=colour)
+    for (row, colour, said), style in zip(levels, cycle(("-.", ":", "--", (0, (1, 4)))), strict=False):
+        axes.axhline(100 * row.error, color=colour, lw=0.9, ls=style, label=said)
 
 
 def draw_psnr(axes: Any, table: Table, model: str, stress: str) -> None:
