@@ -58,7 +58,7 @@ class Table:
 
 def bars(table: Table) -> list[Bar]:
     return [*_over_baselines(table), *_ranks(table), *_steps(table), *_modes_and_formats(table), *_looks(table),
-            *_sdnq(table)]
+            *_stress(table), *_sdnq(table)]
 
 
 def ours(table: Table, **other: object) -> dict[int, float]:
@@ -109,6 +109,16 @@ def _looks(table: Table) -> Iterator[Bar]:
     yield Bar(asked[0], f"{percent(found.agreement)} beside {percent(sixteen.agreement)}, {found.prompts} prompts",
               found.agreement >= sixteen.agreement - AGREEMENT_LOSS)
     yield Bar(asked[1], f"{found.psnr:.2f} dB beside {rtn.psnr:.2f} dB", found.psnr >= rtn.psnr + PSNR_GAIN)
+
+
+def _stress(table: Table) -> Iterator[Bar]:
+    """Stress is no weakness of the 16-bit model."""
+    for model in dict.fromkeys(model for model, _ in table.subjects()):
+        plain, hard = (table.looks(model=model, stress=stress, method=SIXTEEN) for stress in ("plain", "stressed"))
+        if plain is not None and hard is not None:
+            yield Bar(f"{model}, 16 bit: agreement within {100 * AGREEMENT_LOSS:.0f} points when stressed",
+                      f"{percent(hard.agreement)} beside {percent(plain.agreement)}",
+                      hard.agreement >= plain.agreement - AGREEMENT_LOSS)
 
 
 def _sdnq(table: Table) -> Iterator[Bar]:

@@ -213,4 +213,6 @@ def inputs(model: nn.Module, states: Sequence[State], places: Iterable[Place]) -
 def _hardness(name: str, x: Tensor) -> Hardness:
     top = x.abs().amax(0)
     sizes = x[:, :x.shape[1] // GROUP * GROUP].unflatten(1, (-1, GROUP)).norm(dim=2)  # (T, groups)
-    return Hardness(name, (top.max() / top.median()).item(), (sizes.amax(0) / sizes.median(0).values).max().item())
+    usual = sizes.median(0).values
+    alive = usual > 1e-3 * usual.max()  # a group that is next to nothing for most tokens says nothing
+    return Hardness(name, (top.max() / top.median()).item(), (sizes.amax(0) / usual)[alive].max().item())

@@ -171,6 +171,13 @@ def test_bars_are_met_missed_or_not_measured() -> None:
     assert picture_bars.bars(Table([]))[0].met is None
 
 
+@pytest.mark.parametrize(("plain", "met"), [(0.91, True), (0.95, False)])
+def test_a_stressed_model_has_to_be_as_good_in_16_bit(plain: float, met: bool) -> None:
+    rows = [row(method="16 bit", stress=stress, error=0.0, psnr=float("inf"), agreement=agreement)
+            for stress, agreement in (("plain", plain), ("stressed", 0.9))]
+    assert [bar.met for bar in picture_bars.bars(Table(rows)) if "when stressed" in bar.asked] == [met]
+
+
 def test_sdnq_is_compared_at_no_more_bytes() -> None:
     table = Table(measured())
     peer = table.peers(*JUDGED)[0]
