@@ -18,7 +18,7 @@ from .loop import Plan, Run
 from .text_models import CLIP_WIDTH, T5_WIDTH, TOKENS
 from .vae import LATENT_CHANNELS
 
-PLAN = Plan(steps=4000, batch=64, rate=1.5e-3)
+PLAN = Plan(steps=3400, batch=64, rate=2.5e-3)
 GRID = 8  # patches of 2 × 2 latents in each direction
 MODULATIONS = ("norm1.linear", "norm1_context.linear", ".norm.linear", "norm_out.linear")
 WHERE = 0.1  # weight of the second question

@@ -70,8 +70,7 @@ def examples(lora: Lora, vae: nn.Module) -> Examples:
 @torch.inference_mode()
 def _latents(pictures: Tensor, vae: nn.Module) -> Tensor:
     mean = vae.encode(pictures * 2 - 1).latent_dist.mean
-    shift = vae.config.shift_factor or (vae.config.latents_mean or [0.0])[0]
-    return ((mean - shift) * vae.config.scaling_factor).half()
+    return ((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).half()
 
 
 def adapted(lora: Lora) -> tuple[Any, nn.Module]:

@@ -21,7 +21,7 @@ from .loop import Plan, Run
 from .text_models import CLIP_WIDTH, WIDE_CLIP_WIDTH
 from .vae import LATENT_CHANNELS
 
-PLAN = Plan(steps=4000, batch=64, rate=1e-3)
+PLAN = Plan(steps=2900, batch=64, rate=1.5e-3)
 SIZES = (SIDE, SIDE, 0, 0, SIDE, SIDE)  # original size, crop, target size: there is one size only
 TIME_WIDTH = 32
 WHERE = 0.1  # weight of the second question

@@ -39,19 +39,31 @@ def flux_pipeline() -> Any:
 
 
 def sdxl_pipeline() -> Any:
-    """Its VAE says the shift as latents_mean: StableDiffusionXLPipeline knows no shift_factor."""
+    """StableDiffusionXLPipeline knows no shift_factor, and latents_mean for four channels only: the convolutions around
+    the latents, which SDXL's autoencoder has, say the shift."""
     from diffusers import StableDiffusionXLPipeline
 
     drawer = _filled(sdxl.fresh(), "sdxl")
     _, shift, scale = encoded(pictures("scenes").pixels)
-    vae = trained_vae()
-    channels = vae.config.latent_channels
-    vae.register_to_config(scaling_factor=scale, shift_factor=None, latents_mean=[shift] * channels,
-                           latents_std=[1.0] * channels, force_upcast=False)
+    vae = _shifted(trained_vae(), shift)
+    vae.register_to_config(scaling_factor=scale, shift_factor=None, force_upcast=False)
     return StableDiffusionXLPipeline(
         scheduler=sdxl.scheduler(), vae=vae, unet=drawer.unet, text_encoder=drawer.clip, tokenizer=clip_tokenizer(),
         text_encoder_2=drawer.wide_clip, tokenizer_2=clip_tokenizer(), force_zeros_for_empty_prompt=False,
         add_watermarker=False)
+
+
+@torch.no_grad()
+def _shifted(vae: nn.Module, shift: float) -> nn.Module:
+    """The same autoencoder with latents less `shift`."""
+    channels = vae.config.latent_channels
+    vae.register_to_config(use_quant_conv=True, use_post_quant_conv=True)
+    vae.quant_conv, vae.post_quant_conv = (nn.Conv2d(width, width, 1) for width in (2 * channels, channels))
+    for part, by in ((vae.quant_conv, -shift), (vae.post_quant_conv, shift)):
+        nn.init.dirac_(part.weight)
+        part.bias.zero_()
+        part.bias[:channels] = by
+    return vae
 
 
 PIPELINES = {"tiny-flux": flux_pipeline, "tiny-sdxl": sdxl_pipeline}
