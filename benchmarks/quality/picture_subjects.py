@@ -53,9 +53,9 @@ class Subject:
         return getattr(self.pipe, shipped.DENOISERS[self.name])
 
     def with_denoiser(self, model: nn.Module) -> Any:
-        """The pipeline around another denoiser."""
-        made = type(self.pipe)(**{**self.pipe.components, shipped.DENOISERS[self.name]: model})
-        made.set_progress_bar_config(disable=True)
+        """The pipeline around another denoiser; its own settings stay, which components alone would not say."""
+        made = copy.copy(self.pipe)
+        made.register_modules(**{shipped.DENOISERS[self.name]: model})
         return made
 
     def _stress(self) -> None:

@@ -98,7 +98,9 @@ def save(name: str, pipe: Any, drawer: nn.Module) -> None:
     layers = {key: value.bfloat16().contiguous() for key, value in adapter.items()}
     folder = shipped.WEIGHTS / "loras"
     type(pipe).save_lora_weights(folder, **{f"{part}_lora_layers": layers}, weight_name=f"{name}.safetensors")
-    print(f"{folder / name}.safetensors: {(folder / f'{name}.safetensors').stat().st_size / 1e3:.0f} kB")
+    file = folder / f"{name}.safetensors"
+    file.chmod(0o644)
+    print(f"{file}: {file.stat().st_size / 1e3:.0f} kB")
 
 
 def main() -> None:

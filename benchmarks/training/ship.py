@@ -92,6 +92,8 @@ def _ship_pipeline(name: str) -> None:
     folder = shipped.WEIGHTS / name
     shutil.rmtree(folder, ignore_errors=True)
     PIPELINES[name]().to(torch.bfloat16).save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 1e6:.2f} MB")
     if size > LIMIT:
@@ -104,6 +106,7 @@ def _ship_checker() -> None:
     values = {name: value.bfloat16() if value.is_floating_point() else value
               for name, value in trained_checker().state_dict().items()}
     save_file(values, checker.WEIGHTS)
+    checker.WEIGHTS.chmod(0o644)
     print(f"{checker.WEIGHTS}: {checker.WEIGHTS.stat().st_size / 1e6:.2f} MB")
 
 
