@@ -22,7 +22,7 @@ PLAN = Plan(steps=3400, batch=64, rate=2.5e-3)
 GRID = 8  # patches of 2 × 2 latents in each direction
 MODULATIONS = ("norm1.linear", "norm1_context.linear", ".norm.linear", "norm_out.linear")
 WHERE = 0.1  # weight of the second question
-EVEN = 0.2  # part of the times drawn evenly; the others logit-normal, where most is to be learnt
+EVEN, NOISIER = 0.2, 0.7  # a part of the times is drawn evenly; the others logit-normal, where the layout is decided
 
 
 def transformer() -> nn.Module:
@@ -47,7 +47,7 @@ def image_ids() -> Tensor:
 
 
 def times(count: int, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(count, generator=generator).sigmoid()
+    drawn = (torch.randn(count, generator=generator) + NOISIER).sigmoid()
     return torch.where(torch.rand(count, generator=generator) < EVEN, torch.rand(count, generator=generator), drawn)
 
 
