@@ -16,26 +16,15 @@ from torch import Tensor
 
 from nunchaku_py.demo import shipped
 from nunchaku_py.demo.checker import agreement, load_checker
-from nunchaku_py.demo.scenes import describe, draw
+from nunchaku_py.demo.measure import paint
+from nunchaku_py.demo.scenes import describe, draw, read
 
-CAPTION_SEED, BATCH, COLUMNS = 2024, 32, 16
+CAPTION_SEED, COLUMNS = 2024, 16
 
 
 def held_out_captions(count: int) -> list[str]:
     chance = random.Random(CAPTION_SEED)
     return [describe(draw(chance, held_out=True), chance) for _ in range(count)]
-
-
-@torch.inference_mode()
-def drawn(pipe: Any, captions: Sequence[str], call: dict[str, Any], seed: int = 0) -> Tensor:
-    """(B, 3, H, W) in [0, 1]; picture i starts from the noise of seed + i, whatever is drawn with it."""
-    found = []
-    for start in range(0, len(captions), BATCH):
-        part = list(captions[start:start + BATCH])
-        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        made = pipe(part, generator=noise, output_type="np", **call).images
-        found.append(torch.from_numpy(made).permute(0, 3, 1, 2))
-    return torch.cat(found)
 
 
 def main() -> None:
@@ -78,13 +67,11 @@ def _call(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(pipe: Any, captions: Sequence[str], call: dict[str, Any]) -> tuple[list[bool], Tensor]:
-    pictures = drawn(pipe, captions, call)
+    pictures = paint(pipe, captions, 0, call)
     return agreement(load_checker(), pictures, captions), pictures
 
 
 def _by_count(captions: Sequence[str], right: Sequence[bool]) -> dict[int, list[bool]]:
-    from nunchaku_py.demo.scenes import read
-
     found: dict[int, list[bool]] = {}
     for caption, good in zip(captions, right, strict=True):
         found.setdefault(len(read(caption).things), []).append(good)
