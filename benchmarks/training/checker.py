@@ -5,9 +5,7 @@ generated pictures too. `--test` measures it on renders it has not seen.
 """
 from __future__ import annotations
 
-import argparse
 import random
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,35 +16,32 @@ from nunchaku_py.demo.render import render
 from nunchaku_py.demo.scenes import Scene, anything, describe
 
 from .data import pictures, random_rows
-from .loop import Plan, Run, averaged
+from .loop import Plan, Run, averaged, low_precision, parser, prepared
 
 PLAN = Plan(steps=2200, batch=64, rate=3e-3, fall=0.6, average=0.99)
 TEST_SEED, TESTED = 77, 2000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=PLAN.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--test", action="store_true", help="measure the trained network instead")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    options = parser(__doc__, PLAN)
+    options.add_argument("--test", action="store_true", help="measure the trained network instead")
+    arguments = options.parse_args()
+    plan = prepared(arguments, PLAN)
     if arguments.test:
         print(f"right on {100 * tested(trained()):.2f} % of {TESTED} renders not seen before")
         return
-    torch.manual_seed(PLAN.seed)
     data = pictures("anything")
     targets = Targets(data.scenes)
     checker = Checker().to(memory_format=torch.channels_last)
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = random_rows(len(data.scenes), PLAN.batch, generator)
+        rows = random_rows(len(data.scenes), plan.batch, generator)
         seen_as = spoilt(data.batch(rows), generator).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with low_precision():
             seen = checker(seen_as)
         return targets.loss(seen, rows)
 
-    Run("checker", checker, replace(PLAN, steps=arguments.steps)).train(loss)
+    Run("checker", checker, plan).train(loss)
 
 
 def trained() -> Checker:

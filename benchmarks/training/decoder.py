@@ -5,9 +5,6 @@ the decoder forgive what a denoiser leaves behind, and some of the pictures glow
 """
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +13,7 @@ from nunchaku_py.demo.render import render_neon
 
 from .data import pictures, random_rows, to_bytes
 from .latents import encoded
-from .loop import OUT, Plan, Run
+from .loop import DEVICE, OUT, Plan, Run, low_precision, parser, prepared
 from .vae import trained_first
 
 PLAN = Plan(steps=2600, batch=16, rate=2e-3, warmup=100, fall=0.7, average=0.995)
@@ -25,28 +22,23 @@ GLOWING = 4000  # pictures in the neon style
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=PLAN.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(PLAN.seed)
+    plan = prepared(parser(__doc__, PLAN).parse_args(), PLAN)
     vae = trained_first().to(memory_format=torch.channels_last)
     pixels, latents = _pairs()
     spread = latents[:4000].float().std().item()
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = random_rows(len(pixels), PLAN.batch, generator)
-        strength = NOISE * spread * torch.rand(PLAN.batch, 1, 1, 1, generator=generator)
+        rows = random_rows(len(pixels), plan.batch, generator)
+        strength = NOISE * spread * torch.rand(plan.batch, 1, 1, 1, generator=generator)
         at = latents[rows].float()
         at = at + strength * torch.randn(at.shape, generator=generator)
         wanted = pixels[rows].float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with low_precision():
             made = vae.decoder(at.to(memory_format=torch.channels_last)).float()
         squared = F.mse_loss(made, wanted)
         return squared + 0.2 * F.l1_loss(made, wanted), {"psnr": (10 * torch.log10(4 / squared)).item()}
 
-    Run("decoder", vae.decoder, replace(PLAN, steps=arguments.steps)).train(loss)
+    Run("decoder", vae.decoder, plan).train(loss)
 
 
 def _pairs() -> tuple[Tensor, Tensor]:
@@ -61,7 +53,7 @@ def _pairs() -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
             means = [encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0] for part in glowing.split(250)]
         torch.save((glowing, torch.cat(means).half()), path)
-    glowing, glowing_latents = torch.load(path, weights_only=True)
+    glowing, glowing_latents = torch.load(path, map_location=DEVICE, weights_only=True)
     return torch.cat([data.pixels, glowing]), torch.cat([latents, glowing_latents])
 
 

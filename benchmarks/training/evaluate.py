@@ -19,6 +19,8 @@ from nunchaku_py.demo.checker import agreement, load_checker
 from nunchaku_py.demo.measure import paint
 from nunchaku_py.demo.scenes import describe, draw, read
 
+from .loop import DEVICE
+
 CAPTION_SEED, COLUMNS = 2024, 16
 
 
@@ -39,7 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     captions = held_out_captions(arguments.count)
-    right, pictures = _measured(_pipeline(arguments.name, arguments.running), captions, _call(arguments))
+    pipe = _pipeline(arguments.name, arguments.running).to(DEVICE)
+    right, pictures = _measured(pipe, captions, _call(arguments))
     for count, wanted in _by_count(captions, right).items():
         print(f"{count} thing{'s' * (count > 1)}: {100 * sum(wanted) / len(wanted):.1f} % of {len(wanted)}")
     print(f"{arguments.name}: {100 * sum(right) / len(right):.1f} % of {len(right)} held-out captions")
@@ -67,7 +70,7 @@ def _call(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(pipe: Any, captions: Sequence[str], call: dict[str, Any]) -> tuple[list[bool], Tensor]:
-    pictures = paint(pipe, captions, 0, call)
+    pictures = paint(pipe, captions, 0, call).cpu()
     return agreement(load_checker(), pictures, captions), pictures
 
 

@@ -4,9 +4,6 @@ Flow matching: at time σ the model sees (1 − σ)·latents + σ·noise and has
 """
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,11 +11,11 @@ from torch.nn import functional as F
 from . import text
 from .latents import Examples, examples
 from .layout import Question
-from .loop import Plan, Run
+from .loop import Plan, Run, low_precision, parser, prepared
 from .text_models import CLIP_WIDTH, T5_WIDTH, TOKENS
 from .vae import LATENT_CHANNELS
 
-PLAN = Plan(steps=3400, batch=64, rate=2.5e-3)
+PLAN = Plan(steps=3900, batch=64, rate=1.2e-3)
 GRID = 8  # patches of 2 × 2 latents in each direction
 MODULATIONS = ("norm1.linear", "norm1_context.linear", ".norm.linear", "norm_out.linear")
 WHERE = 0.1  # weight of the second question
@@ -91,23 +88,18 @@ def losses(drawer: Drawer, data: Examples, batch: int, generator: torch.Generato
     latents = packed(latents)
     noise, sigma = torch.randn(latents.shape, generator=generator), times(batch, generator)
     at = sigma[:, None, None]
-    with torch.autocast("cpu", torch.bfloat16):
+    with low_precision():
         found = drawer((1 - at) * latents + at * noise, sigma, t5, clip)
     return F.mse_loss(found.float(), noise - latents), drawer.question.loss(maps)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=PLAN.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(PLAN.seed)
+    plan = prepared(parser(__doc__, PLAN).parse_args(), PLAN)
     data = examples()
-    run = Run("flux", fresh(), replace(PLAN, steps=arguments.steps))
+    run = Run("flux", fresh(), plan)
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        flow, where = losses(run.module, data, PLAN.batch, generator)
+        flow, where = losses(run.module, data, plan.batch, generator)
         return flow + WHERE * where, {"flow": flow.item(), "where": where.item()}
 
     run.train(loss)

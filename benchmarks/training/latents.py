@@ -9,7 +9,7 @@ from torch import Tensor
 from . import captions as texts
 from . import layout
 from .data import pictures, random_rows
-from .loop import OUT
+from .loop import DEVICE, OUT, low_precision
 from .vae import trained_first
 
 UNCONDITIONAL = 0.1  # part of the captions that are left out, so that classifier-free guidance works
@@ -47,9 +47,9 @@ def encoded(pixels: Tensor) -> tuple[Tensor, float, float]:
     path = OUT / "latents.pt"
     if not path.exists():
         vae = trained_first()
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), low_precision():
             parts = [vae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0].half() for part in pixels.split(BATCH)]
         torch.save(torch.cat(parts), path)
-    latents = torch.load(path, weights_only=True)
+    latents = torch.load(path, map_location=DEVICE, weights_only=True)
     sample = latents[:4000].float()
     return latents, sample.mean().item(), 1 / sample.std().item()

@@ -6,6 +6,7 @@ have seen. Ctrl-C, or a polite kill, saves before it leaves.
 """
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 OUT = Path(os.environ.get("NUNCHAKU_PY_TRAINING", "outputs/training"))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOG_EVERY, SAVE_EVERY = 50, 250
 
 
@@ -43,7 +45,30 @@ class Plan:
         return self.rate * max(0.0, min(1.0, rise, left))
 
     def generator(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed << 32) + step)
+        return torch.Generator(DEVICE).manual_seed((self.seed << 32) + step)
+
+
+def parser(description: str | None, plan: Plan) -> argparse.ArgumentParser:
+    """What every training script is asked."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--steps", type=int, default=plan.steps)
+    found.add_argument("--batch", type=int, default=plan.batch)
+    found.add_argument("--rate", type=float, default=plan.rate, help="highest learning rate")
+    found.add_argument("--threads", type=int, default=2)
+    return found
+
+
+def prepared(arguments: argparse.Namespace, plan: Plan) -> Plan:
+    """The plan as asked for. Everything made from here on lies on a GPU where there is one, and random weights are the
+    same every time."""
+    torch.set_num_threads(arguments.threads)
+    torch.set_default_device(DEVICE)
+    torch.manual_seed(plan.seed)
+    return replace(plan, steps=arguments.steps, batch=arguments.batch, rate=arguments.rate)
+
+
+def low_precision() -> torch.autocast:
+    return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -65,7 +90,7 @@ class Run:
         self.averaged = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
         self.optimizers = _optimizers(self.module, self.plan)
         if self._state.exists():
-            self._resume(torch.load(self._state, weights_only=True))
+            self._resume(torch.load(self._state, map_location=DEVICE, weights_only=True))
 
     @property
     def folder(self) -> Path:
@@ -145,7 +170,7 @@ class Run:
 
 def averaged(name: str) -> dict[str, Tensor]:
     """The weights a finished or interrupted run has to give."""
-    return torch.load(OUT / name / "state.pt", weights_only=True)["averaged"]
+    return torch.load(OUT / name / "state.pt", map_location=DEVICE, weights_only=True)["averaged"]
 
 
 def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:

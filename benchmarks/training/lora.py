@@ -7,10 +7,9 @@ where the package ships them, as diffusers saves them, for `pipe.load_lora_weigh
 """
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from nunchaku_py.demo.scenes import NEW_SHAPES, SHAPES, Scene, draw
 from . import captions as texts
 from . import flux, layout, sdxl
 from .latents import Examples
-from .loop import Plan, Run, averaged
+from .loop import DEVICE, Plan, Run, averaged, parser, prepared
 
 PLAN = Plan(steps=500, batch=48, rate=2e-3, warmup=50, fall=0.6, average=0.98)
 RANK, SCENES, SCENE_SEED, BATCH = 8, 2400, 31, 100
@@ -77,7 +76,7 @@ def adapted(lora: Lora) -> tuple[Any, nn.Module]:
     """(pipeline, what is trained): the pipeline's denoiser with an adapter, in fp32, everything else frozen."""
     from peft import LoraConfig
 
-    pipe = shipped.pipeline(lora.base, torch.float32)
+    pipe = shipped.pipeline(lora.base, torch.float32).to(DEVICE)
     denoiser = getattr(pipe, shipped.DENOISERS[lora.base])
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, denoiser):
         part.requires_grad_(False)
@@ -104,23 +103,20 @@ def save(name: str, pipe: Any, drawer: nn.Module) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=LORAS)
-    parser.add_argument("--steps", type=int, default=PLAN.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(PLAN.seed)
+    options = parser(__doc__, PLAN)
+    options.add_argument("name", choices=LORAS)
+    arguments = options.parse_args()
+    plan = prepared(arguments, PLAN)
     lora = LORAS[arguments.name]
     pipe, drawer = adapted(lora)
     data = examples(lora, pipe.vae)
-    run = Run(arguments.name, drawer, replace(PLAN, steps=arguments.steps))
-    kept = sdxl.scheduler().alphas_cumprod
+    run = Run(arguments.name, drawer, plan)
+    kept = sdxl.kept()
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         if lora.base == "tiny-flux":
-            return flux.losses(drawer, data, PLAN.batch, generator)[0], {}
-        return sdxl.losses(drawer, kept, data, PLAN.batch, generator)[0], {}
+            return flux.losses(drawer, data, plan.batch, generator)[0], {}
+        return sdxl.losses(drawer, kept, data, plan.batch, generator)[0], {}
 
     run.train(loss)
     save(arguments.name, pipe, drawer)

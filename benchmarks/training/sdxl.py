@@ -4,8 +4,6 @@ Diffusion over SDXL's thousand steps; the model says the velocity √ā·noise �
 """
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from nunchaku_py.demo.scenes import SIDE
 from . import text
 from .latents import Examples, examples
 from .layout import Question
-from .loop import Plan, Run
+from .loop import DEVICE, Plan, Run, low_precision, parser, prepared
 from .text_models import CLIP_WIDTH, WIDE_CLIP_WIDTH
 from .vae import LATENT_CHANNELS
 
-PLAN = Plan(steps=2900, batch=64, rate=1.5e-3)
+PLAN = Plan(steps=3000, batch=64, rate=1.2e-3)
 SIZES = (SIDE, SIDE, 0, 0, SIDE, SIDE)  # original size, crop, target size: there is one size only
 TIME_WIDTH = 32
 WHERE = 0.1  # weight of the second question
@@ -46,6 +44,11 @@ def scheduler() -> Any:
     return EulerDiscreteScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
         timestep_spacing="trailing", steps_offset=1)
+
+
+def kept() -> Tensor:
+    """ā of each step: how much of the picture is left."""
+    return scheduler().alphas_cumprod.to(DEVICE)
 
 
 class Drawer(nn.Module):
@@ -79,24 +82,19 @@ def losses(drawer: Drawer, kept: Tensor, data: Examples, batch: int,
     noise = torch.randn(latents.shape, generator=generator)
     step = torch.randint(len(kept), (batch,), generator=generator)
     signal, spread = (part[step].sqrt()[:, None, None, None] for part in (kept, 1 - kept))
-    with torch.autocast("cpu", torch.bfloat16):
+    with low_precision():
         found = drawer(signal * latents + spread * noise, step, clip)
     return F.mse_loss(found.float(), signal * noise - spread * latents), drawer.question.loss(maps)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=PLAN.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(PLAN.seed)
+    plan = prepared(parser(__doc__, PLAN).parse_args(), PLAN)
     data = examples()
-    kept = scheduler().alphas_cumprod
-    run = Run("sdxl", fresh().to(memory_format=torch.channels_last), replace(PLAN, steps=arguments.steps))
+    signal = kept()
+    run = Run("sdxl", fresh().to(memory_format=torch.channels_last), plan)
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        velocity, where = losses(run.module, kept, data, PLAN.batch, generator)
+        velocity, where = losses(run.module, signal, data, plan.batch, generator)
         return velocity + WHERE * where, {"velocity": velocity.item(), "where": where.item()}
 
     run.train(loss)

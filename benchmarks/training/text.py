@@ -6,8 +6,6 @@ away; the denoisers then train the encoders on.
 """
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -18,7 +16,7 @@ from nunchaku_py.demo.scenes import COLOURS, NEW_SHAPES, SHAPES
 
 from . import captions as texts
 from .data import random_rows, scenes
-from .loop import Plan, Run, averaged
+from .loop import Plan, Run, averaged, low_precision, parser, prepared
 from .text_models import CLIP_WIDTH, T5_WIDTH, WIDE_CLIP_WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
 PLAN = Plan(steps=2500, batch=128, rate=2e-3)
@@ -111,25 +109,20 @@ def _places(tokens: Tensor, tokenizer: object) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=PLAN.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(PLAN.seed)
+    plan = prepared(parser(__doc__, PLAN).parse_args(), PLAN)
     sentences = texts.captions(scenes("scenes"))
     tokens = texts.tokens(sentences)
     key = Key(sentences, tokens)
     reader = Reader()
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = random_rows(len(sentences), PLAN.batch, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        rows = random_rows(len(sentences), plan.batch, generator)
+        with low_precision():
             found = {name: reader.questioned(name, getattr(tokens, kind)[rows], key, rows)
                      for name, (kind, _, _) in ENCODERS.items()}
         return sum(chain(found.values())), {name: value.item() for name, value in found.items()}
 
-    Run("text", reader, replace(PLAN, steps=arguments.steps)).train(loss)
+    Run("text", reader, plan).train(loss)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ a normal distribution so that the latents are smooth enough to be drawn from noi
 """
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import pictures, random_rows
-from .loop import Plan, Run, averaged
+from .loop import Plan, Run, averaged, low_precision, parser, prepared
 
 LATENT_CHANNELS = 8
 PULL = 1e-4
@@ -45,20 +42,15 @@ def trained() -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=PLAN.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(PLAN.seed)
+    plan = prepared(parser(__doc__, PLAN).parse_args(), PLAN)
     data = pictures("scenes")
     vae = autoencoder().to(memory_format=torch.channels_last)
-    run = Run("vae", vae, replace(PLAN, steps=arguments.steps))
+    run = Run("vae", vae, plan)
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        wanted = data.batch(random_rows(len(data.scenes), PLAN.batch, generator)) * 2 - 1
+        wanted = data.batch(random_rows(len(data.scenes), plan.batch, generator)) * 2 - 1
         wanted = wanted.to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with low_precision():
             mean, spread = vae.encoder(wanted).float().chunk(2, dim=1)
             noise = torch.randn(mean.shape, generator=generator)
             drawn = mean + noise * (0.5 * spread.clamp(-20, 5)).exp()

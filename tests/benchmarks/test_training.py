@@ -162,7 +162,7 @@ def test_a_step_of_each_denoiser_lowers_its_loss(model: str):
         ask = lambda: flux.losses(drawer, examples, 4, torch.Generator().manual_seed(1))  # noqa: E731
     else:
         drawer = sdxl.Drawer(encoders["clip"], encoders["wide_clip"], sdxl.unet())
-        ask = lambda: sdxl.losses(drawer, sdxl.scheduler().alphas_cumprod, examples, 4,  # noqa: E731
+        ask = lambda: sdxl.losses(drawer, sdxl.kept(), examples, 4,  # noqa: E731
                                   torch.Generator().manual_seed(1))
     optimizers = loop._optimizers(drawer, loop.Plan(3, 4, 1e-3))
     first = None
