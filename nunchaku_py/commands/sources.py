@@ -1,6 +1,7 @@
 """What lies in a folder: a diffusers pipeline, a model, or neither; read from disk, never from the network."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,12 @@ _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "bf16"}  # 32-bit files are run
 def model_path(text: str) -> Path:
     """An argparse type: what lies at this path, or else a shipped pipeline of this name."""
     path = Path(text)
-    return shipped.folder(text) if text in shipped.CALLS and not path.exists() else path
+    if text not in shipped.CALLS or path.exists():
+        return path
+    try:
+        return shipped.folder(text)
+    except NunchakuError as error:  # a ValueError, of which argparse would not repeat the words
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class Source:
     @property
     def call(self) -> dict[str, Any]:
         """What the pipeline is called with, unless the user says otherwise."""
-        return dict(shipped.CALLS[self.path.name]) if self.path.parent == shipped.WEIGHTS else read_call(self.path)
+        path = self.path.resolve()
+        return dict(shipped.CALLS[path.name]) if path.parent == shipped.WEIGHTS.resolve() else read_call(path)
 
     def check(self, names: Iterator[str] | list[str]) -> None:
         """Refuse truncated or corrupted weights before anything is built from them."""

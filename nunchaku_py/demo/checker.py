@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import NunchakuError
 from .scenes import (
     BACKDROPS,
     BACKGROUNDS,
@@ -125,11 +126,16 @@ class Sight:
 
 def load_checker() -> Checker:
     """The trained network that is shipped."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     checker = Checker()
+    try:
+        values = load_file(WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise NunchakuError(f"{WEIGHTS}: cannot be loaded: {error}; reinstall nunchaku-py") from error
     checker.load_state_dict({name: value.float() if value.is_floating_point() else value
-                             for name, value in load_file(WEIGHTS).items()})
+                             for name, value in values.items()})
     return checker.eval()
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nunchaku_py import NunchakuError
+from nunchaku_py.demo import checker as module
 from nunchaku_py.demo.checker import Checker, Found, Sight, agreement, agrees, load_checker, look
 from nunchaku_py.demo.render import render
 from nunchaku_py.demo.scenes import (
@@ -117,3 +119,12 @@ def test_places_are_read_from_positions():
 def test_features_are_of_three_depths(checker):
     features = checker.features(torch.rand(2, 3, 64, 64))
     assert [part.shape for part in features] == [(2, 64, 16, 16)] * 3
+
+
+def test_a_damaged_or_missing_checker_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WEIGHTS", tmp_path / "checker.safetensors")
+    for content in (None, b"", module.Path(__file__).read_bytes()):
+        if content is not None:
+            module.WEIGHTS.write_bytes(content)
+        with pytest.raises(NunchakuError, match=r"checker\.safetensors: cannot be loaded: .*; reinstall nunchaku-py"):
+            load_checker()

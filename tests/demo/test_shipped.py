@@ -10,6 +10,7 @@ from PIL import Image
 
 from nunchaku_py import NunchakuError, cli
 from nunchaku_py.commands import generate
+from nunchaku_py.commands.sources import Source
 from nunchaku_py.demo import shipped
 from tests.tiny_pipelines import flux_prompt
 
@@ -67,6 +68,19 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "tiny-flux").mkdir()
     assert cli.main(["inspect", "tiny-flux"]) == 1
     assert "holds neither a pipeline" in capsys.readouterr().err
+
+
+def test_a_shipped_folder_is_called_as_shipped_however_it_is_named(stand_in: Path, monkeypatch):
+    monkeypatch.chdir(stand_in.parent)
+    assert Source.of(Path(stand_in.name) / "tiny-flux").call == shipped.CALLS["tiny-flux"]
+
+
+@pytest.mark.parametrize("command", [("generate", *PROMPT), ("quantize", "out"), ("inspect",)])
+def test_missing_weights_are_a_sentence(command: tuple[str, ...], tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(shipped, "WEIGHTS", tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main([command[0], "tiny-flux", *command[1:]])
+    assert "the shipped weights are missing; reinstall nunchaku-py" in capsys.readouterr().err
 
 
 def test_a_recommended_argument_the_pipeline_does_not_take_is_refused(weights: Path, tmp_path: Path, capsys):
