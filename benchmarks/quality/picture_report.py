@@ -28,7 +28,8 @@ def page(table: Table, found: list[Bar], source: str) -> str:
     parts = ["# Pictures of quantized models", "",
              f"Made from `{source}`; how it was measured stands in `benchmarks/quality/README.md`. {provenance(table)}",
              "", "## Bars", "", "Stressed tiny-flux, INT4, W4A4, rank 16, where a line says nothing else. Ratios: mean "
-             "over calibrations; the worst one decides.", "", *bar_lines(found), "", verdict(found), ""]
+             "over calibrations; the worst one decides. sdnq has seen no data, ours are calibrated.", "",
+             *bar_lines(found), "", verdict(found), ""]
     for model, stress in table.subjects():
         parts += [f"## {model}, {stress}", ""]
         for lines in (sixteen_lines, error_lines, look_lines, peer_lines):

@@ -54,12 +54,13 @@ def key_of(row: Row) -> Key:
 
 def read(path: Path) -> list[Row]:
     """The rows of a file, numbers as numbers; none where there is no file. A line that was cut off is left out, and a
-    second header, where two processes began the file at once."""
+    second header, where two processes began the file at once. Each line stands for itself, so that a quote which a cut
+    left open takes no other row with it."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        found = [row for row in csv.DictReader(file) if None not in row.values() and row["date"] != "date"]
-    return [Row(**{name: _value(name, row[name]) for name in NAMES}) for row in found]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [cells for line in lines for cells in csv.reader([line]) if len(cells) == len(NAMES) and cells[0] != "date"]
+    return [Row(**{name: _value(name, text) for name, text in zip(NAMES, cells, strict=True)}) for cells in found]
 
 
 def _value(name: str, text: str) -> float | int | str:
@@ -77,14 +78,20 @@ def append(path: Path, row: Row) -> None:
         writer = csv.DictWriter(file, NAMES, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                         for name, value in asdict(row).items()})
+        writer.writerow({name: _text(value) for name, value in asdict(row).items()})
+
+
+def _text(value: float | int | str) -> str:
+    """Of one line, which what other packages say often is not."""
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def _end_line(path: Path) -> None:
-    """A line that was cut off gets its end, so that the next one does not continue it."""
+    """A line that was cut off gets its end, so that the next one does not continue it. Only ever appended: another
+    process may be writing too."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        path.write_bytes(content + b"\n")
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

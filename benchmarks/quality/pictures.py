@@ -116,7 +116,7 @@ def measure_all(path: Path, models: Sequence[str], stress: Sequence[str], extent
     work = [(name, which, build) for name in models for which in stress
             for build in builds(extent, name, which)]
     clock = Clock(sum(cost(build, extent) for _, _, build in work))
-    known = {key_of(row) for row in picture_rows.read(path)}
+    known = {key_of(row) for row in picture_rows.read(path) if row.error != ""}  # a refusal may be over by now
     for name, which in dict.fromkeys((name, which) for name, which, _ in work):
         print(f"{name}, {which}", flush=True)
         bench = Bench(Subject(name, which == "stressed", extent), known)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.quality import picture_bars, picture_cells, picture_report, picture_subjects, pictures
 from benchmarks.quality.picture_bars import Table
@@ -40,6 +40,15 @@ def test_frechet_distance_of_shifted_sets_is_the_shift_squared() -> None:
 def test_frechet_distance_by_hand() -> None:
     """Means 1 and 2, variances 2 and 8: (1 − 2)² + 2 + 8 − 2·√16"""
     assert frechet(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [4.0]])) == pytest.approx(3)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute() -> None:
+    """tr (Σ₁Σ₂)^½ from the eigenvalues of Σ₁Σ₂ itself."""
+    x, y = (random_set(200, 5, seed=seed).double() @ random_set(5, 5, seed=seed + 2).double() for seed in (0, 1))
+    one, other = torch.cov(x.T), torch.cov(y.T)
+    both = torch.linalg.eigvals(one @ other).real.sqrt().sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + one.trace() + other.trace() - 2 * both
+    assert frechet(x, y) == pytest.approx(expected.item())
 
 
 def test_feature_distance_by_hand() -> None:
@@ -93,6 +102,20 @@ def test_a_line_that_was_cut_off_is_left_out_and_does_not_spoil_the_next(tmp_pat
         file.write("2026-01-01,abc,cp")
     append(path, row(seed=1, error=0.2))
     assert [one.error for one in read(path)] == [0.1, 0.2]
+
+
+def test_a_quote_that_a_cut_left_open_takes_no_other_row_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    append(path, row(error=0.1, note="a, b"))
+    path.write_text(path.read_text()[:-3])
+    append(path, row(seed=1, error=0.2))
+    append(path, row(seed=2, error=0.3, note="c, d"))
+    assert [(one.error, one.note) for one in read(path)][1:] == [(0.2, ""), (0.3, "c, d")]
+
+
+def test_what_others_say_in_several_lines_is_one_row(tmp_path: Path) -> None:
+    append(tmp_path / "rows.csv", row(note="Error: first,\n  second\r\n"))
+    assert [one.note for one in read(tmp_path / "rows.csv")] == ["Error: first, second"]
 
 
 def test_a_second_header_is_no_row(tmp_path: Path) -> None:
@@ -164,7 +187,8 @@ def missed(rows: list[Row]) -> list[str]:
 def test_bars_are_met_missed_or_not_measured() -> None:
     assert missed(list(measured())) == []
     assert missed(list(measured(rtn=0.28))) == ["SVDQuant rank 8 ≤ 0.4 × rtn"]
-    assert missed(list(measured(**{"+gptq": 0.135}))) == ["GPTQ lower it"]
+    assert missed(list(measured(**{"+gptq": 0.135}))) == ["GPTQ lowers it"]
+    assert missed(list(measured(**{"+gptq": 0.13}))) == ["GPTQ lowers it"]  # a step that does nothing
     worse = [replace(one, error=0.2) if (one.method, one.seed, one.mode, one.rank) == ("svdquant", 2, "a4", 32) else one
              for one in measured()]
     assert missed(worse) == ["rank 32 below rank 16"]
@@ -249,3 +273,19 @@ def test_a_peer_that_refuses_gives_a_row_that_says_so(weights: Path, monkeypatch
     found = list(pictures.Bench(subject, set()).rows(Build(peer.method, peer=peer)))
     assert [one.note for one in found] == ["ZeroDivisionError: division by zero"] and found[0].error == ""
     assert found[0].settings == peer.settings
+
+
+def test_a_peer_that_refused_is_tried_again(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(linear: nn.Linear) -> nn.Module:
+        raise ModuleNotFoundError("No module named 'sdnq'")
+    monkeypatch.setattr(shipped, "WEIGHTS", weights)
+    monkeypatch.setitem(shipped.CALLS, "tiny-flux", {**shipped.CALLS["tiny-flux"], "num_inference_steps": 1})
+    path, tiny = tmp_path / "rows.csv", Extent(prompts=8, steps=1)
+    for build in (refused, lambda linear: linear, refused):
+        peer = replace(picture_cells.PEERS[0], build=build)
+        build = Build(peer.method, modes={"a16": False}, peer=peer)
+        monkeypatch.setattr(pictures, "builds", lambda *_, build=build: [build])
+        pictures.measure_all(path, ["tiny-flux"], ["plain"], tiny)
+    first, second = read(path)  # what was measured is not tried a third time
+    assert "No module named 'sdnq'" in first.note and (first.error, second.error) == ("", 0)
+    assert newest([first, second]) == [second]
