@@ -87,6 +87,19 @@ def adapted(lora: Lora) -> tuple[Any, nn.Module]:
     return pipe, sdxl.Drawer(pipe.text_encoder, pipe.text_encoder_2, denoiser)
 
 
+def resumed(name: str, drawer: nn.Module, plan: Plan) -> Run:
+    """The run, which holds the base model too: one of other weights is no start, and its adapter would not fit."""
+    base = {key: value.clone() for key, value in drawer.state_dict().items() if _of_base(key)}
+    run = Run(name, drawer, plan)
+    if not all(torch.equal(value, base[key]) for key, value in drawer.state_dict().items() if _of_base(key)):
+        raise SystemExit(f"{run.folder}: was trained on other weights of {LORAS[name].base}; delete it to begin again")
+    return run
+
+
+def _of_base(key: str) -> bool:
+    return "lora_" not in key and not key.startswith("question.")
+
+
 def save(name: str, pipe: Any, drawer: nn.Module) -> None:
     """The moving average of the adapter, in 16 bit."""
     from peft import get_peft_model_state_dict
@@ -110,7 +123,7 @@ def main() -> None:
     lora = LORAS[arguments.name]
     pipe, drawer = adapted(lora)
     data = examples(lora, pipe.vae)
-    run = Run(arguments.name, drawer, plan)
+    run = resumed(arguments.name, drawer, plan)
     kept = sdxl.kept()
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

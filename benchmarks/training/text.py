@@ -2,7 +2,7 @@
 
 The state of a word that names a thing has to tell the thing's colour, texture, size, place and relation, the state of
 'background' which one, and the pooled state which pairs of colour and shape there are. The heads that ask are thrown
-away; the denoisers then train the encoders on.
+away, and the encoders stay as they are: the denoisers learn to use what they say.
 """
 from __future__ import annotations
 

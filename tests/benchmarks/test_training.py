@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training import captions, data, flux, layout, loop, sdxl, text, text_models
+from benchmarks.training import captions, data, flux, layout, loop, lora, sdxl, text, text_models
 from nunchaku_py.demo.scenes import COLOURS, SHAPES, Scene, Thing, describe, draw, read
 
 PLAN = loop.Plan(steps=12, batch=4, rate=1e-2, warmup=3)
@@ -176,3 +176,26 @@ def test_a_step_of_each_denoiser_lowers_its_loss(model: str):
     assert sum(ask()).item() < 0.97 * first
     assert all(not parameter.requires_grad for part in encoders.values() for parameter in part.parameters()
                if any(parameter is own for own in drawer.parameters()))
+
+
+def test_nothing_is_trained_on_held_out_pairs():
+    assert not any(scene.held_out for scene in data.scenes("scenes", 1))
+    assert any(scene.held_out for scene in data.scenes("anything", 1))  # the checker's
+    for one in lora.LORAS.values():
+        chance = random.Random(0)
+        assert not any(one.scene(chance).held_out for _ in range(500)), one
+
+
+def test_a_lora_of_other_weights_is_not_resumed():
+    class Adapted(nn.Module):
+        def __init__(self, base: float):
+            super().__init__()
+            self.base = nn.Parameter(torch.full((2,), base), requires_grad=False)
+            self.lora_A = nn.Parameter(torch.ones(2))
+
+    run = lora.resumed("tiny-flux-neon", Adapted(1.0), PLAN)
+    run.train(lambda step, generator: (run.module.lora_A.sum(), {}))
+    again = lora.resumed("tiny-flux-neon", Adapted(1.0), PLAN)
+    assert again.step == PLAN.steps and not torch.equal(again.module.lora_A, torch.ones(2))
+    with pytest.raises(SystemExit, match="was trained on other weights of tiny-flux; delete it to begin again"):
+        lora.resumed("tiny-flux-neon", Adapted(2.0), PLAN)
