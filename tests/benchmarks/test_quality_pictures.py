@@ -77,6 +77,7 @@ def test_pictures_against_themselves_and_against_worse_ones() -> None:
     assert alike.feature < found[0].feature < found[1].feature
     assert alike.frechet < found[0].frechet < found[1].frechet
     assert alike.psnr > found[0].psnr > found[1].psnr > 10
+    assert compare(checker, random_set(*exact.shape).clamp(0, 1), exact, prompts).agreement == 0
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -157,8 +158,17 @@ def test_nothing_is_calibrated_on_what_is_measured() -> None:
     held_out = picture_subjects.captions(50, picture_subjects.HELD_OUT_SEED, held_out=True)
     for caption in held_out:
         assert {(thing.colour, thing.shape) for thing in scenes.read(caption).things} & scenes.HELD_OUT
-    for caption in picture_subjects.captions(50, picture_subjects.CALIBRATION_SEED):
+    asked: list[tuple[str, int]] = []  # what pipelines are run on, with the seed of its noise
+    subject = object.__new__(picture_subjects.Subject)
+    subject.extent, subject._calibrations = picture_cells.FULL, {}
+    subject.trajectory = lambda prompts, seed, steps: asked.extend((one, seed + i) for i, one in enumerate(prompts))
+    for seed in range(picture_cells.FULL.seeds):
+        subject.calibration(seed)
+    assert len(asked) == len(set(asked)) == picture_cells.FULL.seeds * picture_subjects.CALIBRATION
+    painted = range(picture_subjects.HELD_OUT_SEED, picture_subjects.HELD_OUT_SEED + picture_cells.FULL.prompts)
+    for caption, seed in asked:
         assert not {(thing.colour, thing.shape) for thing in scenes.read(caption).things} & scenes.HELD_OUT
+        assert seed not in painted
 
 
 # ------------------------------------------------------------------------------------------------------- bars
@@ -193,6 +203,18 @@ def test_bars_are_met_missed_or_not_measured() -> None:
              for one in measured()]
     assert missed(worse) == ["rank 32 below rank 16"]
     assert picture_bars.bars(Table([]))[0].met is None
+
+
+@pytest.mark.parametrize(("bar", "where", "spoilt"), [
+    ("a8 ≤ 0.75 × a4", {"mode": "a8", "format": "int4"}, {"error": 0.076}),
+    ("agreement within 2 points of 16 bit", {"mode": "a4", "format": "int4"}, {"agreement": 0.87}),
+    ("PSNR ≥ rounding's + 3 dB", {"mode": "a4", "format": "int4"}, {"psnr": 22.9}),
+    ("NVFP4 ≤ INT4", {"mode": "a4", "format": "nvfp4"}, {"error": 0.101}),
+])
+def test_each_bar_has_its_limit(bar: str, where: dict[str, str], spoilt: dict[str, float]) -> None:
+    where = {**where, "method": "svdquant", "rank": RANK}
+    rows = [replace(one, **spoilt) if vars(one).items() >= where.items() else one for one in measured()]
+    assert missed(rows) == [bar]
 
 
 @pytest.mark.parametrize(("plain", "met"), [(0.91, True), (0.95, False)])
@@ -256,6 +278,7 @@ def test_a_run_goes_on_where_it_stopped(weights: Path, tmp_path: Path, monkeypat
     assert rows[0].error == 0 and rows[0].psnr == float("inf") and "channels 2" in rows[0].note
     assert all(0 < one.error < 1 for one in rows[1:]) and rows[2].psnr > 10 and rows[3].psnr == ""
     assert all(one.bytes for one in rows[2:])
+    assert all(len({one.error for one in rows[start:start + 3]}) == 3 for start in (2, 5))  # each mode is measured
 
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))

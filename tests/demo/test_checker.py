@@ -108,6 +108,7 @@ def test_matching_is_of_all_claims_to_different_things():
     assert not agrees(Sight((left, blue), "black", "plain"), replace(claims, relation="to the left of"))
     assert not agrees(Sight((left, blue), "black", "plain"), replace(claims, relation="above"))
     assert not agrees(Sight((left, blue), "black", "plain"), replace(claims, background="white"))
+    assert not agrees(Sight((left, blue), "black", "plain"), replace(claims, backdrop="fading"))
 
 
 def test_places_are_read_from_positions():

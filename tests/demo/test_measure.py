@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nunchaku_py import NunchakuError
+from nunchaku_py.calibrate import State
 from nunchaku_py.demo import measure, shipped
 
 
@@ -73,6 +74,24 @@ def test_relative_error_and_same_bits():
     linear = torch.nn.Linear(2, 2)
     assert measure.same_bits(linear, linear, [])
     assert not measure.same_bits(linear, torch.nn.Linear(2, 2), [])
+
+
+class Scaled(torch.nn.Linear):
+    """What its state does not say: a factor."""
+
+    factor = 1.0
+
+    def forward(self, x: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (self.factor * super().forward(x),)
+
+
+def test_models_of_the_same_tensors_with_other_predictions_differ():
+    one, two = Scaled(2, 2), Scaled(2, 2)
+    two.load_state_dict(one.state_dict())
+    states = [State((torch.ones(1, 2),))]
+    assert measure.same_bits(one, two, states)
+    two.factor = 1.5
+    assert not measure.same_bits(one, two, states)
 
 
 def test_pictures_are_painted_in_batches_with_a_seed_each(stand_in, monkeypatch):

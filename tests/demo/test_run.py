@@ -89,6 +89,23 @@ def test_mistakes_are_sentences(tmp_path: Path, stand_in: Path, monkeypatch, cap
     assert "needs Pillow: pip install 'nunchaku-py[pipelines]'" in capsys.readouterr().err
 
 
+def test_calibration_sees_nothing_of_what_is_painted(monkeypatch):
+    asked = []
+
+    def capture(pipe, model, prompts, states, *, seed, **call):
+        asked.append((prompts, range(seed, seed + len(prompts))))
+        return []
+
+    monkeypatch.setattr(run, "capture_states", capture)
+    monkeypatch.setattr(run, "outputs", lambda model, states: None)
+    subject = run._subject("tiny-flux", 3, run.FULL)
+    (known, noise), (probes, _) = asked
+    assert len(known) == run.FULL.calibration and probes == subject.prompts[:run.FULL.probes]
+    assert not set(noise) & set(range(3, 3 + len(subject.prompts)))
+    assert not any((thing.colour, thing.shape) in scenes.HELD_OUT
+                   for caption in known for thing in scenes.read(caption).things)
+
+
 def test_captions():
     painted, known = (run.captions(40, 0, held_out) for held_out in (True, False))
     assert painted == run.captions(40, 0, True) != run.captions(40, 1, True)
