@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_native*.so", "_native*.pyd")
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_native*.so", "_native*.pyd",
+                                    "outputs", "nunchaku_py_demo")
+# What is no Python and has to be installed: a checkpoint stands for all of demo/weights, whatever is shipped there.
+WEIGHTS = ("nunchaku_py/demo/weights/probe/unet/model.safetensors", "nunchaku_py/demo/checker.safetensors")
 
 
 def load_setup():
@@ -62,6 +66,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("copy") / "source"
     shutil.copytree(ROOT, copy, ignore=NOT_SOURCE)
     (copy / "kernels/probe.py").write_text("HERE = __file__\n")
+    (copy / WEIGHTS[0]).parent.mkdir(parents=True)
+    (copy / WEIGHTS[0]).write_bytes(b"probe")
     return copy
 
 
@@ -104,6 +110,7 @@ def test_kernels_in_wheel(environment: Path, source: Path, tmp_path: Path) -> No
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"nunchaku_py"}
     assert "nunchaku_py/kernels/probe.py" in names and "nunchaku_py/kernels/__init__.py" not in names
+    assert set(WEIGHTS) <= set(names)
 
     pip(environment, *INSTALL[:3], str(wheel))
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
@@ -112,6 +119,17 @@ def test_kernels_in_wheel(environment: Path, source: Path, tmp_path: Path) -> No
     status = python(environment, "from nunchaku_py import native; print(native.status())", tmp_path)
     assert status[0].startswith("native module: CPU part built by ")
     assert status[0].endswith("; CUDA part not built: switched off by NUNCHAKU_PY_CUDA=0")
+
+
+def test_source_archive_has_what_is_built_installed_and_tested(source: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True,
+                          env=os.environ | {"NUNCHAKU_PY_CUDA": "0"})
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    # tests/benchmarks imports benchmarks
+    assert {*WEIGHTS, "csrc/module.cpp", "kernels/probe.py", "tests/conftest.py", "benchmarks/machine.py"} <= names
 
 
 def test_import_is_silent() -> None:
