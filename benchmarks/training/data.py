@@ -15,7 +15,7 @@ from torch import Tensor
 from nunchaku_py.demo.render import render
 from nunchaku_py.demo.scenes import Scene, anything, draw
 
-from .loop import DEVICE, OUT
+from .loop import DEVICE, OUT, save_whole
 
 COUNT = {"scenes": 40_000, "anything": 32_000}
 SOURCES: dict[str, Callable[[random.Random], Scene]] = {"scenes": draw, "anything": anything}
@@ -54,7 +54,7 @@ def pictures(name: str, shards: int | None = None) -> Pictures:
         path = folder / f"{name}-{shard}.pt"
         if not path.exists():
             chosen = drawn[shard * SHARD:(shard + 1) * SHARD]
-            torch.save(torch.cat([to_bytes(render(chosen[i:i + 250])) for i in range(0, SHARD, 250)]), path)
+            save_whole(torch.cat([to_bytes(render(chosen[i:i + 250])) for i in range(0, SHARD, 250)]), path)
             print(f"rendered {path}", flush=True)
         parts.append(torch.load(path, map_location=DEVICE, weights_only=True))
     return Pictures(drawn, torch.cat(parts))

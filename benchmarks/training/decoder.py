@@ -13,7 +13,7 @@ from nunchaku_py.demo.render import render_neon
 
 from .data import pictures, random_rows, to_bytes
 from .latents import encoded
-from .loop import DEVICE, OUT, Plan, Run, low_precision, parser, prepared
+from .loop import DEVICE, OUT, Plan, Run, low_precision, parser, prepared, save_whole
 from .vae import trained_first
 
 PLAN = Plan(steps=2600, batch=16, rate=2e-3, warmup=100, fall=0.7, average=0.995)
@@ -52,7 +52,7 @@ def _pairs() -> tuple[Tensor, Tensor]:
         encoder = trained_first().encoder
         with torch.inference_mode():
             means = [encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0] for part in glowing.split(250)]
-        torch.save((glowing, torch.cat(means).half()), path)
+        save_whole((glowing, torch.cat(means).half()), path)
     glowing, glowing_latents = torch.load(path, map_location=DEVICE, weights_only=True)
     return torch.cat([data.pixels, glowing]), torch.cat([latents, glowing_latents])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import captions as texts
 from . import layout
 from .data import pictures, random_rows
-from .loop import DEVICE, OUT, low_precision
+from .loop import DEVICE, OUT, low_precision, save_whole
 from .vae import trained_first
 
 UNCONDITIONAL = 0.1  # part of the captions that are left out, so that classifier-free guidance works
@@ -49,7 +49,7 @@ def encoded(pixels: Tensor) -> tuple[Tensor, float, float]:
         vae = trained_first()
         with torch.inference_mode(), low_precision():
             parts = [vae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0].half() for part in pixels.split(BATCH)]
-        torch.save(torch.cat(parts), path)
+        save_whole(torch.cat(parts), path)
     latents = torch.load(path, map_location=DEVICE, weights_only=True)
     sample = latents[:4000].float()
     return latents, sample.mean().item(), 1 / sample.std().item()

@@ -11,6 +11,7 @@ import csv
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,14 +102,18 @@ class Run:
         return self.folder / "state.pt"
 
     def train(self, loss: Loss) -> None:
-        with _saved_at_the_end(self):
-            self._train(loss)
+        """To the plan's end, or until somebody asks to stop: then the step is finished and everything saved."""
+        with _asked_to_stop() as asked:
+            self._train(loss, asked)
+        self.save()
+        if self.step < self.plan.steps:
+            sys.exit(f"\nstopped at step {self.step} of {self.plan.steps}; the same command goes on from there")
 
-    def _train(self, loss: Loss) -> None:
+    def _train(self, loss: Loss, asked: threading.Event) -> None:
         self.module.train()
         heard: dict[str, list[float]] = {}
         started, since = time.monotonic(), self.step
-        while self.step < self.plan.steps:
+        while self.step < self.plan.steps and not asked.is_set():
             found, values = loss(self.step, self.plan.generator(self.step))
             found.backward()
             self._update()
@@ -142,9 +147,7 @@ class Run:
     def save(self) -> None:
         parts = {"step": self.step, "module": self.module.state_dict(), "averaged": self.averaged,
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        draft = self._state.with_suffix(".part")
-        torch.save(parts, draft)
-        os.replace(draft, self._state)
+        save_whole(parts, self._state)
 
     def _resume(self, parts: dict[str, Any]) -> None:
         self.step = parts["step"]
@@ -168,6 +171,13 @@ class Run:
               + f"  of {self.plan.steps}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
+def save_whole(what: Any, path: Path) -> None:
+    """A file that is there is complete, also for another process that waits for it."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    torch.save(what, draft)
+    os.replace(draft, path)
+
+
 def averaged(name: str) -> dict[str, Tensor]:
     """The weights a finished or interrupted run has to give."""
     return torch.load(OUT / name / "state.pt", map_location=DEVICE, weights_only=True)["averaged"]
@@ -187,12 +197,18 @@ def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
 
 
 @contextmanager
-def _saved_at_the_end(run: Run) -> Iterator[None]:
-    for asked in (signal.SIGINT, signal.SIGTERM):  # set here too: a shell's background jobs start with SIGINT ignored
-        signal.signal(asked, signal.default_int_handler)
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Set by Ctrl-C or a polite kill. A second one ends at once, with what was saved before."""
+    asked = threading.Event()
+
+    def ask(number: int, _frame: object) -> None:
+        asked.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    # Set for SIGINT too: a shell's background jobs start with it ignored.
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
-    except KeyboardInterrupt:
-        run.save()
-        sys.exit(f"\nstopped at step {run.step} of {run.plan.steps}; the same command goes on from there")
-    run.save()
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

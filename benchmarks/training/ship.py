@@ -89,15 +89,18 @@ def main() -> None:
 
 
 def _ship_pipeline(name: str) -> None:
-    folder = shipped.WEIGHTS / name
-    shutil.rmtree(folder, ignore_errors=True)
-    PIPELINES[name]().to(torch.bfloat16).save_pretrained(folder)
-    for file in folder.rglob("*.safetensors"):
+    folder, draft = shipped.WEIGHTS / name, OUT / "draft" / name
+    shutil.rmtree(draft, ignore_errors=True)
+    PIPELINES[name]().to(torch.bfloat16).save_pretrained(draft)
+    for file in draft.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
     print(f"{folder}: {size / 1e6:.2f} MB")
     if size > LIMIT:
         raise SystemExit(f"{name} is larger than {LIMIT / 1e6:.0f} MB")
+    shutil.rmtree(folder, ignore_errors=True)
+    shipped.WEIGHTS.mkdir(exist_ok=True)
+    shutil.move(draft, folder)
 
 
 def _ship_checker() -> None:
