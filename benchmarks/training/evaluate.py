@@ -16,17 +16,23 @@ from torch import Tensor
 
 from nunchaku_py.demo import shipped
 from nunchaku_py.demo.checker import agreement, load_checker
-from nunchaku_py.demo.measure import paint
-from nunchaku_py.demo.scenes import describe, draw, read
+from nunchaku_py.demo.measure import paint, psnr
+from nunchaku_py.demo.render import render
+from nunchaku_py.demo.scenes import Scene, describe, draw, read
 
 from .loop import DEVICE
 
 CAPTION_SEED, COLUMNS = 2024, 16
 
 
-def held_out_captions(count: int) -> list[str]:
+def held_out(count: int) -> tuple[list[Scene], list[str]]:
+    """Scenes and a caption of each."""
     chance = random.Random(CAPTION_SEED)
-    return [describe(draw(chance, held_out=True), chance) for _ in range(count)]
+    scenes, captions = [], []
+    for _ in range(count):
+        scenes.append(draw(chance, held_out=True))
+        captions.append(describe(scenes[-1], chance))
+    return scenes, captions
 
 
 def main() -> None:
@@ -40,8 +46,9 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    captions = held_out_captions(arguments.count)
+    scenes, captions = held_out(arguments.count)
     pipe = _pipeline(arguments.name, arguments.running).to(DEVICE)
+    print(_ceiling(pipe.vae, scenes, captions), flush=True)
     right, pictures = _measured(pipe, captions, _call(arguments))
     for count, wanted in _by_count(captions, right).items():
         print(f"{count} thing{'s' * (count > 1)}: {100 * sum(wanted) / len(wanted):.1f} % of {len(wanted)}")
@@ -72,6 +79,16 @@ def _call(arguments: argparse.Namespace) -> dict[str, Any]:
 def _measured(pipe: Any, captions: Sequence[str], call: dict[str, Any]) -> tuple[list[bool], Tensor]:
     pictures = paint(pipe, captions, 0, call).cpu()
     return agreement(load_checker(), pictures, captions), pictures
+
+
+@torch.inference_mode()
+def _ceiling(vae: torch.nn.Module, scenes: Sequence[Scene], captions: Sequence[str]) -> str:
+    """What the autoencoder alone makes of the real pictures: no denoiser can do better."""
+    wanted = render(scenes)
+    latents = vae.encode((wanted * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
+    made = (vae.decode(latents).sample.float().cpu() * 0.5 + 0.5).clamp(0, 1)
+    right = agreement(load_checker(), made, captions)
+    return f"autoencoder alone: {100 * sum(right) / len(right):.1f} %, {psnr(made, wanted).mean():.1f} dB"
 
 
 def _by_count(captions: Sequence[str], right: Sequence[bool]) -> dict[int, list[bool]]:
