@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -275,7 +276,9 @@ def test_a_run_goes_on_where_it_stopped(weights: Path, tmp_path: Path, monkeypat
     assert [(one.method, one.mode) for one in rows] == [
         ("16 bit", "a16"), ("fp32", "a16"), *((method, mode) for method in ("rtn", "smooth")
                                              for mode in ("a4", "a8", "a16"))]
-    assert rows[0].error == 0 and rows[0].psnr == float("inf") and "channels 2" in rows[0].note
+    assert rows[0].error == 0 and rows[0].psnr == float("inf")
+    least, most = map(float, re.search(r"channels ([\d.]+) to ([\d.]+), tokens", rows[0].note).groups())
+    assert 10 < least <= most  # on other inputs than the stress was set on; there it is 20 to 30
     assert all(0 < one.error < 1 for one in rows[1:]) and rows[2].psnr > 10 and rows[3].psnr == ""
     assert all(one.bytes for one in rows[2:])
     assert all(len({one.error for one in rows[start:start + 3]}) == 3 for start in (2, 5))  # each mode is measured
