@@ -20,7 +20,6 @@ from nunchaku_py.demo.scenes import (
     Claims,
     Scene,
     describe,
-    read,
 )
 
 from .text_models import TOKENS, clip_tokenizer, t5_tokenizer
@@ -71,7 +70,3 @@ def claimed_ground(claims: Claims) -> list[int]:
 
 def _index(values: tuple[str, ...], value: str | None) -> int:
     return 0 if value is None else 1 + values.index(value)
-
-
-def claims_of(texts: list[str]) -> list[Claims]:
-    return [read(text) for text in texts]

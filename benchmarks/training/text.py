@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nunchaku_py.demo.scenes import COLOURS, NEW_SHAPES, SHAPES
+from nunchaku_py.demo.scenes import COLOURS, NEW_SHAPES, SHAPES, read
 
 from . import captions as texts
 from .data import random_rows, scenes
@@ -86,7 +86,7 @@ class Key:
     """The right answers, and at which token of each caption they are asked."""
 
     def __init__(self, sentences: list[str], tokens: texts.Tokens):
-        claims = texts.claims_of(sentences)
+        claims = [read(sentence) for sentence in sentences]
         rows = [texts.claimed(claim) for claim in claims]
         blank = [0] * len(ANSWERS)
         self.things = torch.tensor([(row + [blank] * 3)[:3] for row in rows])
