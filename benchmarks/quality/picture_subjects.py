@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from benchmarks.quality.picture_cells import EXACT, SIXTEEN, Build, Extent, reci
 from benchmarks.quality.stress import Hardness, hardness, stress
 from nunchaku_py import quantize
 from nunchaku_py.calibrate import State, evenly
-from nunchaku_py.demo import scenes, shipped
+from nunchaku_py.demo import shipped
 from nunchaku_py.demo.measure import outputs, paint
+from nunchaku_py.demo.scenes import described
 from nunchaku_py.models.plan import plan
 from nunchaku_py.swap import quantized_modules, replace_module
 
@@ -60,7 +60,7 @@ class Subject:
 
     def _stress(self) -> None:
         """In fp32, on a few forwards that serve for nothing else; then rounded like the plain one."""
-        states = self.trajectory(captions(CALIBRATION, STRESS_SEED), STRESS_SEED, CALIBRATION_STEPS)
+        states = self.trajectory(described(CALIBRATION, STRESS_SEED)[1], STRESS_SEED, CALIBRATION_STEPS)
         wide = self.exact()
         stress(wide, [in_fp32(state) for state in states])
         self.pipe = self.with_denoiser(wide.to(torch.bfloat16))
@@ -85,7 +85,7 @@ class Subject:
     # ------------------------------------------------------------------------------------- what it is measured on
     @cached_property
     def prompts(self) -> list[str]:
-        return captions(self.extent.prompts, HELD_OUT_SEED, held_out=True)
+        return described(self.extent.prompts, HELD_OUT_SEED, held_out=True)[1]
 
     @cached_property
     def states(self) -> list[State]:
@@ -114,7 +114,7 @@ class Subject:
     def calibration(self, seed: int) -> list[State]:
         if seed not in self._calibrations:
             start = CALIBRATION_SEED + 100 * seed
-            self._calibrations[seed] = self.trajectory(captions(CALIBRATION, start), start, CALIBRATION_STEPS)
+            self._calibrations[seed] = self.trajectory(described(CALIBRATION, start)[1], start, CALIBRATION_STEPS)
         return self._calibrations[seed]
 
     def quantized(self, build: Build) -> Quantized:
@@ -142,12 +142,6 @@ def quantize_by(peer: Peer, model: nn.Module) -> int:
         size += stored_bytes(made)
         replace_module(model, name, made)
     return size
-
-
-def captions(count: int, seed: int, held_out: bool = False) -> list[str]:
-    """Sentences about scenes; held out: with a pair of colour and shape that no training scene has."""
-    chance = random.Random(seed)
-    return [scenes.describe(scenes.draw(chance, held_out=held_out), chance) for _ in range(count)]
 
 
 def in_fp32(state: State) -> State:

@@ -6,7 +6,6 @@ runs as they are now instead of the shipped ones; `--sheet` writes the pictures,
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,11 @@ from nunchaku_py.demo import shipped
 from nunchaku_py.demo.checker import agreement, load_checker
 from nunchaku_py.demo.measure import paint, psnr
 from nunchaku_py.demo.render import render
-from nunchaku_py.demo.scenes import Scene, describe, draw, read
+from nunchaku_py.demo.scenes import Scene, described, read
 
 from .loop import DEVICE
 
 CAPTION_SEED, COLUMNS = 2024, 16
-
-
-def held_out(count: int) -> tuple[list[Scene], list[str]]:
-    """Scenes and a caption of each."""
-    chance = random.Random(CAPTION_SEED)
-    scenes, captions = [], []
-    for _ in range(count):
-        scenes.append(draw(chance, held_out=True))
-        captions.append(describe(scenes[-1], chance))
-    return scenes, captions
 
 
 def main() -> None:
@@ -46,7 +35,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    scenes, captions = held_out(arguments.count)
+    scenes, captions = described(arguments.count, CAPTION_SEED, held_out=True)
     pipe = _pipeline(arguments.name, arguments.running).to(DEVICE)
     print(_ceiling(pipe.vae, scenes, captions), flush=True)
     right, pictures = _measured(pipe, captions, _call(arguments))

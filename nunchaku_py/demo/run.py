@@ -1,7 +1,6 @@
 """The demonstration itself: a trained miniature, quantized, saved, reloaded, painted with, measured and shown."""
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from . import shipped
 from .checker import Checker, agreement, load_checker
 from .measure import held_bytes, outputs, paint, psnr, relative_error, same_bits, ssim, step_seconds
 from .page import page
-from .scenes import describe, draw
+from .scenes import described
 from .sheet import Column, Sheet
 from .table import Row, text, write_csv
 
@@ -100,9 +99,8 @@ def run_demo(name: str, out: Path, seed: int = 0, extent: Extent = FULL) -> bool
 
 
 def captions(count: int, seed: int, held_out: bool) -> list[str]:
-    """Sentences about random scenes; held out: with a pair of colour and shape that no training picture had."""
-    chance = random.Random(f"{seed} {held_out}")
-    return [describe(draw(chance, held_out), chance) for _ in range(count)]
+    """Held out: what is painted; else what is calibrated on. The two have nothing in common but the seed."""
+    return described(count, f"{seed} {held_out}", held_out)[1]
 
 
 def _subject(name: str, seed: int, extent: Extent) -> Subject:

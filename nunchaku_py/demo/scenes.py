@@ -137,6 +137,16 @@ def describe(scene: Scene, chance: random.Random) -> str:
             return caption
 
 
+def described(count: int, seed: int | str, held_out: bool = False) -> tuple[list[Scene], list[str]]:
+    """Random scenes and a caption of each; held out: with a pair of colour and shape that no training scene has."""
+    chance = random.Random(seed)
+    scenes, captions = [], []
+    for _ in range(count):
+        scenes.append(draw(chance, held_out))
+        captions.append(describe(scenes[-1], chance))
+    return scenes, captions
+
+
 def _sentence(scene: Scene, chance: random.Random) -> str:
     phrases = [_phrase(thing, chance) for thing in scene.things]
     for i, place in enumerate(scene.places):

@@ -156,12 +156,11 @@ def test_every_method_is_a_recipe() -> None:
 
 
 def test_nothing_is_calibrated_on_what_is_measured() -> None:
-    held_out = picture_subjects.captions(50, picture_subjects.HELD_OUT_SEED, held_out=True)
-    for caption in held_out:
-        assert {(thing.colour, thing.shape) for thing in scenes.read(caption).things} & scenes.HELD_OUT
-    asked: list[tuple[str, int]] = []  # what pipelines are run on, with the seed of its noise
     subject = object.__new__(picture_subjects.Subject)
     subject.extent, subject._calibrations = picture_cells.FULL, {}
+    for caption in subject.prompts:
+        assert {(thing.colour, thing.shape) for thing in scenes.read(caption).things} & scenes.HELD_OUT
+    asked: list[tuple[str, int]] = []  # what pipelines are run on, with the seed of its noise
     subject.trajectory = lambda prompts, seed, steps: asked.extend((one, seed + i) for i, one in enumerate(prompts))
     for seed in range(picture_cells.FULL.seeds):
         subject.calibration(seed)

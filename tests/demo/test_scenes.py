@@ -15,6 +15,7 @@ from nunchaku_py.demo.scenes import (
     SIDE,
     anything,
     describe,
+    described,
     draw,
     read,
 )
@@ -36,6 +37,17 @@ def test_held_out_pairs_are_one_of_each_shape_and_never_drawn():
 def test_the_same_seed_draws_the_same():
     assert scenes(20) == scenes(20)
     assert scenes(20) != scenes(20, seed=1)
+
+
+def test_scenes_come_with_their_captions():
+    for seed, held_out in ((0, False), ("of text", True)):
+        drawn, captions = described(20, seed, held_out)
+        assert (drawn, captions) == described(20, seed, held_out) and len(drawn) == 20
+        for scene, caption in zip(drawn, captions, strict=True):
+            assert scene.held_out == held_out
+            said = [(claim.colour, claim.shape) for claim in read(caption).things]
+            assert said == [(thing.colour, thing.shape) for thing in scene.things]
+    assert described(3, 0)[1] == described(5, 0)[1][:3] != described(3, 1)[1]
 
 
 def test_things_are_inside_and_apart():
