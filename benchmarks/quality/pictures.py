@@ -113,10 +113,10 @@ def cost(build: Build, extent: Extent) -> float:
 
 
 def measure_all(path: Path, models: Sequence[str], stress: Sequence[str], extent: Extent) -> None:
+    known = known_rows(path, extent)
     work = [(name, which, build) for name in models for which in stress
             for build in builds(extent, name, which)]
     clock = Clock(sum(cost(build, extent) for _, _, build in work))
-    known = {key_of(row) for row in picture_rows.read(path) if row.error != ""}  # a refusal may be over by now
     for name, which in dict.fromkeys((name, which) for name, which, _ in work):
         print(f"{name}, {which}", flush=True)
         bench = Bench(Subject(name, which == "stressed", extent), known)
@@ -125,6 +125,16 @@ def measure_all(path: Path, models: Sequence[str], stress: Sequence[str], extent
             clock.advance(cost(build, extent), measured=bool(found))
             for row in found:
                 print(f"  {str(build):52} {row.mode:4} {line(row)}   {clock}", flush=True)
+
+
+def known_rows(path: Path, extent: Extent) -> set[Key]:
+    """What needs not be measured again. A file of another extent is refused: its rows are none to compare with."""
+    rows = picture_rows.read(path)
+    for row in rows:
+        if row.states != extent.steps or row.prompts not in (0, extent.prompts):
+            raise SystemExit(f"{path}: has rows of {row.states} steps and {row.prompts} prompts, not of {extent.steps} "
+                             f"and {extent.prompts}; choose another folder with --out, or delete it")
+    return {key_of(row) for row in rows if row.error != ""}  # a refusal may be over by now
 
 
 def append_all(path: Path, rows: Iterable[Row]) -> Iterator[Row]:

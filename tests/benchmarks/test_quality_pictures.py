@@ -224,6 +224,17 @@ def test_a_stressed_model_has_to_be_as_good_in_16_bit(plain: float, met: bool) -
     assert [bar.met for bar in picture_bars.bars(Table(rows)) if "when stressed" in bar.asked] == [met]
 
 
+@pytest.mark.parametrize(("sixteen", "quantized", "met"), [
+    (0.02, 0.02, None), (0.499, 0.1, None), (0.5, 0.48, True), (0.5, 0.47, False)])
+def test_agreement_is_judged_only_where_16_bit_draws(sixteen: float, quantized: float, met: bool | None) -> None:
+    rows = [replace(one, agreement=sixteen if one.method == "16 bit" else quantized) for one in measured()]
+    rows += [replace(one, stress="plain") for one in rows if one.method == "16 bit"]
+    found = {bar.asked: bar for bar in picture_bars.bars(Table(rows)) if "agreement" in bar.asked}
+    assert found["agreement within 2 points of 16 bit"].met is met
+    assert found["tiny-flux, 16 bit: agreement within 2 points when stressed"].met is (None if sixteen < 0.5 else True)
+    assert "1 not decided" in picture_bars.verdict([picture_bars.Bar("", "", None)])
+
+
 def test_sdnq_is_compared_at_no_more_bytes() -> None:
     table = Table(measured())
     peer = table.peers(*JUDGED)[0]
@@ -248,14 +259,19 @@ def test_the_summary_says_every_bar_and_every_row(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-flux with random weights, where the trained one is looked for."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    from benchmarks.training import flux, text_models, vae
+    from benchmarks.training import flux, text_models
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
+    transformer = flux.transformer()
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8), latent_channels=transformer.config.in_channels // 4, norm_num_groups=2,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, shift_factor=0.0)
     FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.autoencoder(), transformer=flux.transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=transformer,
         text_encoder=text_models.clip_encoder(), tokenizer=text_models.clip_tokenizer(),
         text_encoder_2=text_models.t5_encoder(), tokenizer_2=text_models.t5_tokenizer(),
     ).to(torch.bfloat16).save_pretrained(folder / "tiny-flux")
@@ -289,6 +305,16 @@ def test_a_run_goes_on_where_it_stopped(weights: Path, tmp_path: Path, monkeypat
     assert list(map(key_of, again)) == list(map(key_of, rows)) and again[:-1] == rows[:-1]
     assert again[-1].error == rows[-1].error
     assert "100 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("quick", "states", "prompts"), [(True, 10, 256), (True, 10, 0), (False, 3, 16)])
+def test_rows_of_another_extent_are_not_mixed_in(quick: bool, states: int, prompts: int, tmp_path: Path) -> None:
+    path = tmp_path / "quality_pictures.csv"
+    append(path, row(error=0.1, states=states, prompts=prompts))
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=rf"rows of {states} steps and {prompts} prompts, not of .* another folder"):
+        pictures.main(["--out", str(tmp_path), "--threads", "1", *["--quick"] * quick])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_peer_that_refuses_gives_a_row_that_says_so(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
