@@ -5,6 +5,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from math import isfinite
 
 from torch import Tensor
 
@@ -74,7 +75,7 @@ and red where it does not.</p>
 
 def _numbers(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    best = max((row.psnr_db for row in rows[1:]), default=1.0)
+    best = max([1.0, *(row.psnr_db for row in rows if isfinite(row.psnr_db))])
     body = "".join(f"<tr>{_cells(row, rows[0], best)}</tr>\n" for row in rows)
     return f'<table class="numbers"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>'
 
@@ -82,7 +83,8 @@ def _numbers(rows: Sequence[Row]) -> str:
 def _cells(row: Row, dense: Row, best: float) -> str:
     cells = [escape(cell) for cell in row.cells(dense)]
     if row.recipe:  # the length of a bar says what the number says
-        cells[2] += f'<span class="bar" style="width: {100 * max(row.psnr_db, 0) / best:.0f}%"></span>'
+        share = min(1.0, max(0.0, row.psnr_db / best))  # endless where nothing differs
+        cells[2] += f'<span class="bar" style="width: {100 * share:.0f}%"></span>'
     return "".join(f"<td>{cell}</td>" for cell in cells)
 
 

@@ -2,8 +2,11 @@
 
 import csv
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from nunchaku_py.demo import sheet, table
@@ -49,6 +52,20 @@ def test_page_says_every_number_and_escapes_prompts():
         assert cell in said
     assert "tiny &amp; small" in said and "&lt;b&gt;yellow" in said and "<b>" not in said
     assert said.count('<img class="right"') == 2 == said.count('<img class="wrong"')
+
+
+@pytest.mark.parametrize(("psnr", "width"), [(31.25, 100), (15.625, 50), (math.inf, 100), (0.0, 0), (math.nan, 0)])
+def test_bars_are_as_long_as_their_number_says(psnr: float, width: int):
+    rows = [DENSE, QUANTIZED, replace(QUANTIZED, psnr_db=psnr)]
+    flat = torch.zeros(1, 3, 8, 8)
+    said = page("", "", [Column(row, flat, [True]) for row in rows], PROMPTS[:1], [])
+    assert re.findall(r"width: (\S+)%", said) == ["100", str(width)]
+
+
+def test_pictures_that_are_all_the_same_have_full_bars():
+    same = Column(replace(QUANTIZED, psnr_db=math.inf), torch.zeros(1, 3, 8, 8), [True])
+    said = page("", "", [replace(same, row=DENSE), same, same], PROMPTS[:1], [])
+    assert re.findall(r"width: (\S+)%", said) == ["100", "100"]
 
 
 def test_table(tmp_path: Path):
