@@ -9,6 +9,9 @@ from .errors import NunchakuError
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # the components of a pipeline that are quantized unasked
 CALL = "generate.json"  # in a pipeline's folder: what `nunchaku-py` calls it with, unless told otherwise
+WHOLE = ("height", "width", "num_inference_steps", "max_sequence_length", "num_images_per_prompt")
+NUMBERS = ("guidance_scale", "true_cfg_scale")
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -24,7 +27,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_call(folder: Path) -> dict[str, Any]:
     """The arguments that a pipeline's folder recommends; none, if it says nothing of them."""
-    return read_json(folder / CALL) if (folder / CALL).is_file() else {}
+    path = folder / CALL
+    call = read_json(path) if path.is_file() else {}
+    for name, value in call.items():
+        expected = _missed(name, value)
+        if expected:
+            raise NunchakuError(f"{path}: {name}: expected {expected}, got {json.dumps(value)}")
+    return call
+
+
+def _missed(name: str, value: Any) -> str:
+    """What a value should have been, or nothing; of arguments that few pipelines take, their pipeline judges."""
+    kind = type(value)  # not isinstance: true is no number
+    if name in WHOLE and (kind is not int or value < 1):
+        return "a whole number above 0"
+    if name in NUMBERS and kind not in (int, float):
+        return "a number"
+    if name in TEXTS and kind is not str:
+        return "a text"
+    return ""
 
 
 def write_call(folder: Path, call: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import NunchakuError
 from ..folders import read_json
 from .headers import Header, TensorHeader, read_header
-from .sources import class_name, model_path, quantization_of, weight_bytes
+from .sources import check_there, class_name, model_path, quantization_of, weight_bytes
 from .tables import size, table
 
 SUMMARY = "what is in a checkpoint: sites, formats, ranks, sizes"
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path: Path = args.path
-    if not path.exists():
-        raise NunchakuError(f"{path}: no such file or folder")
+    check_there(path)
     if path.is_file():
         print(_file(path, args.all))
     elif (path / "model_index.json").is_file():

@@ -1,7 +1,6 @@
 """What lies in a folder: a diffusers pipeline, a model, or neither; read from disk, never from the network."""
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
@@ -19,14 +18,17 @@ _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "bf16"}  # 32-bit files are run
 
 
 def model_path(text: str) -> Path:
-    """An argparse type: what lies at this path, or else a shipped pipeline of this name."""
+    """An argparse type: what lies at this path, or else where the shipped pipeline of this name belongs."""
     path = Path(text)
-    if text not in shipped.CALLS or path.exists():
-        return path
-    try:
-        return shipped.folder(text)
-    except NunchakuError as error:  # a ValueError, of which argparse would not repeat the words
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return path if text not in shipped.CALLS or path.exists() else shipped.WEIGHTS / text
+
+
+def check_there(path: Path) -> None:
+    """Refuse a path where nothing lies, or no shipped pipeline where one belongs."""
+    if path.parent == shipped.WEIGHTS and path.name in shipped.CALLS:
+        shipped.folder(path.name)  # says what helps
+    elif not path.exists():
+        raise NunchakuError(f"{path}: no such file or folder")
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ class Source:
 
     @staticmethod
     def of(path: Path) -> Source:
-        if not path.exists():
-            raise NunchakuError(f"{path}: no such file or folder")
+        check_there(path)
         if not path.is_dir():
             raise NunchakuError(f"{path}: expected the folder of a pipeline or model, this is a file")
         if (path / "model_index.json").is_file():
@@ -175,6 +176,6 @@ def quiet_libraries(verbose: bool) -> None:
         library.utils.logging.disable_progress_bar()
 
 
-__all__ = ["DTYPES", "Header", "Source", "class_name", "device_for", "load_model", "load_pipeline",
+__all__ = ["DTYPES", "Header", "Source", "check_there", "class_name", "device_for", "load_model", "load_pipeline",
            "loading", "model_path", "quantization_of", "quiet_libraries", "require_pillow", "torch_dtype",
            "weight_bytes", "weight_files"]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nunchaku_py import NunchakuError, cli
 from nunchaku_py.commands import generate
 from nunchaku_py.commands.sources import Source
 from nunchaku_py.demo import shipped
+from nunchaku_py.folders import read_call, write_call
 from tests.tiny_pipelines import flux_prompt
 
 pytestmark = pytest.mark.usefixtures("stand_in")
@@ -78,9 +80,11 @@ def test_a_shipped_folder_is_called_as_shipped_however_it_is_named(stand_in: Pat
 @pytest.mark.parametrize("command", [("generate", *PROMPT), ("quantize", "out"), ("inspect",)])
 def test_missing_weights_are_a_sentence(command: tuple[str, ...], tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "WEIGHTS", tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main([command[0], "tiny-flux", *command[1:]])
-    assert "the shipped weights are missing; reinstall nunchaku-py" in capsys.readouterr().err
+    for prepare in (lambda: None, (tmp_path / "tiny-flux").mkdir):
+        prepare()
+        assert cli.main([command[0], "tiny-flux", *command[1:]]) == 1
+        assert capsys.readouterr().err == (f"nunchaku-py: {tmp_path}/tiny-flux: the shipped weights are missing; "
+                                           "reinstall nunchaku-py\n")
 
 
 def test_a_recommended_argument_the_pipeline_does_not_take_is_refused(weights: Path, tmp_path: Path, capsys):
@@ -88,6 +92,32 @@ def test_a_recommended_argument_the_pipeline_does_not_take_is_refused(weights: P
     (tmp_path / "out/generate.json").write_text('{"colour": "red"}')
     assert cli.main(["generate", str(tmp_path / "out"), *PROMPT, "--out", str(tmp_path / "x.png")]) == 1
     assert "colour: FluxPipeline takes no colour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("call", "said"), [
+    ('["height", 64]', "expected a JSON object, got list"),
+    ('{"num_inference_steps": "many"}', 'num_inference_steps: expected a whole number above 0, got "many"'),
+    ('{"height": [64]}', "height: expected a whole number above 0, got [64]"),
+    ('{"width": 0}', "width: expected a whole number above 0, got 0"),
+    ('{"num_images_per_prompt": true}', "num_images_per_prompt: expected a whole number above 0, got true"),
+    ('{"guidance_scale": null}', "guidance_scale: expected a number, got null"),
+    ('{"true_cfg_scale": "3"}', 'true_cfg_scale: expected a number, got "3"'),
+    ('{"negative_prompt": 5}', "negative_prompt: expected a text, got 5"),
+])
+def test_wrong_recommendations_are_sentences(call: str, said: str, stand_in: Path, tmp_path: Path, capsys):
+    folder = shutil.copytree(stand_in / "tiny-flux", tmp_path / "flux")
+    (folder / "generate.json").write_text(call)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    for command in (["generate", folder, *PROMPT, "--out", tmp_path / "x.png"],
+                    ["quantize", folder, tmp_path / "out", "--prompts", tmp_path / "prompts.txt"]):
+        assert cli.main([str(word) for word in command]) == 1
+        assert capsys.readouterr().err == f"nunchaku-py: {folder}/generate.json: {said}\n"
+
+
+def test_recommendations_of_the_right_kind_are_read(tmp_path: Path):
+    call = {**shipped.CALLS["tiny-flux"], "guidance_scale": 3, "negative_prompt_2": "", "sigmas": [1.0, 0.5]}
+    write_call(tmp_path, call)
+    assert read_call(tmp_path) == call and read_call(tmp_path / "none") == {}
 
 
 def test_prompts_are_no_longer_than_the_tokenizers_know():
