@@ -50,9 +50,9 @@ class Table:
     def peers(self, model: str, stress: str) -> list[Row]:
         return [row for row in self.pick(model=model, stress=stress) if row.settings]
 
-    def fitting(self, peer: Row, fmt: str, mode: str) -> Row | None:
+    def fitting(self, peer: Row, fmt: str, mode: str, method: str = "svdquant") -> Row | None:
         """Ours of the largest rank that needs no more bytes than the peer, with pictures if there are some."""
-        same = {"model": peer.model, "stress": peer.stress, "method": "svdquant", "format": fmt, "mode": mode}
+        same = {"model": peer.model, "stress": peer.stress, "method": method, "format": fmt, "mode": mode}
         found = [row for row in self.pick(**same) if row.bytes <= peer.bytes]
         return max(found, key=lambda row: (row.rank, row.psnr != "", -row.seed), default=None)
 

@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[tuple[Step, ...], Options]] = {
     "svdquant": ((), Options()),
 }
 SIXTEEN, EXACT = "16 bit", "fp32"  # the model itself, and the same without 16-bit rounding
+FREE, FREE_RANK = "svdquant, data-free", 32  # the recipe as the peers work: it sees the weights alone
 FORMATS = ("int4", "nvfp4")
 RANKS, RANK = (0, 8, 16, 32), 16
 JUDGED = ("tiny-flux", "stressed")  # where the bars on errors are set
@@ -41,7 +42,7 @@ SHOWN_PEERS = (0, 2)  # of these pictures are made
 
 
 def recipe_of(method: str, fmt: str) -> Recipe:
-    if method == "svdquant":
+    if method in ("svdquant", FREE):
         return RECIPES[f"svdquant-{fmt}"]
     steps, options = METHODS[method]
     return Recipe(f"{method}-{fmt}", fmt, "w4a4", 0, steps, (absmax,), options)
@@ -92,6 +93,8 @@ def builds(extent: Extent, model: str, stress: str) -> Iterator[Build]:
     yield Build(EXACT, modes={"a16": False})
     for i, peer in enumerate(PEERS[:extent.peers]):
         yield Build(peer.method, modes={"a16": i in SHOWN_PEERS}, peer=peer)
+    if extent.peers:
+        yield Build(FREE, "int4", FREE_RANK, modes={"a16": True, "a8": False})  # pictures in the peers' mode
     for seed in range(extent.seeds if judged else 1):
         for fmt in extent.formats:
             for method, rank in ladder(extent):

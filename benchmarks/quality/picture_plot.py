@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.picture_bars import Table
-from benchmarks.quality.picture_cells import EXACT, METHODS, RANK, RANKS, SIXTEEN
+from benchmarks.quality.picture_cells import EXACT, FREE, METHODS, RANK, RANKS, SIXTEEN
 from benchmarks.quality.picture_rows import Row
 
 # What is drawn as a line: (format, mode) → colour, style
@@ -68,8 +68,10 @@ def draw_errors(axes: Any, table: Table, model: str, stress: str) -> None:
 
 
 def draw_levels(axes: Any, table: Table, model: str, stress: str) -> None:
-    """A line across for each setting of sdnq, and for what 16-bit rounding alone does."""
+    """A line across for what sees no data, sdnq and ours, and for what 16-bit rounding alone does."""
     levels = [(row, "C3", f"{row.method} {row.settings}, a16") for row in table.peers(model, stress)]
+    free = table.pick(model=model, stress=stress, method=FREE)
+    levels += [(row, "C0", f"{FREE}, rank {row.rank}, {row.mode}") for row in free]
     levels += [(row, "k", "16-bit rounding") for row in table.pick(model=model, stress=stress, method=EXACT)]
     for (row, colour, said), style in zip(levels, cycle(("-.", ":", "--", (0, (1, 4)))), strict=False):
         axes.axhline(100 * row.error, color=colour, lw=0.9, ls=style, label=said)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.quality import picture_plot
 from benchmarks.quality.picture_bars import Bar, Table, bars, percent, spread, verdict
-from benchmarks.quality.picture_cells import EXACT, FORMATS, SIXTEEN
+from benchmarks.quality.picture_cells import EXACT, FORMATS, FREE, SIXTEEN
 from benchmarks.quality.picture_rows import Row, newest, read
 from nunchaku_py.site import MODES
 
@@ -28,7 +28,8 @@ def page(table: Table, found: list[Bar], source: str) -> str:
     parts = ["# Pictures of quantized models", "",
              f"Made from `{source}`; how it was measured stands in `benchmarks/quality/README.md`. {provenance(table)}",
              "", "## Bars", "", "Stressed tiny-flux, INT4, W4A4, rank 16, where a line says nothing else. Ratios: mean "
-             "over calibrations; the worst one decides. sdnq has seen no data, ours are calibrated.", "",
+             "over calibrations; the worst one decides. sdnq has seen no data, ours are calibrated, but for "
+             f"the rows called '{FREE}'.", "",
              *bar_lines(found), "", verdict(found), ""]
     for model, stress in table.subjects():
         parts += [f"## {model}, {stress}", ""]
@@ -90,18 +91,18 @@ def named(row: Row) -> str:
 
 
 def peer_lines(table: Table, model: str, stress: str) -> Iterator[str]:
-    """Each setting of sdnq with ours of the largest rank that fits into its bytes."""
+    """Each setting of sdnq with ours of the largest rank that fits into its bytes, data-free and calibrated."""
     peers = table.peers(model, stress)
     if not peers:
         return
     yield "| sdnq, data-free, a16 | KB | error % | PSNR | ours | KB | a16 % | a8 % | PSNR a16 | PSNR a8 |"
     yield "|---" * 10 + "|"
     for peer in peers:
-        for fmt in FORMATS:
-            fits = [table.fitting(peer, fmt, mode) for mode in ("a16", "a8")]
+        for method, fmt in ((FREE, "int4"), *(("svdquant", fmt) for fmt in FORMATS)):
+            fits = [table.fitting(peer, fmt, mode, method) for mode in ("a16", "a8")]
             if None not in fits:
                 yield (f"| {peer.settings} | {peer.bytes / 1e3:.0f} | {100 * peer.error:.2f} | {decibel(peer)} | "
-                       f"{fmt}, rank {fits[0].rank} | {fits[0].bytes / 1e3:.0f} | "
+                       f"{method}, {fmt}, rank {fits[0].rank} | {fits[0].bytes / 1e3:.0f} | "
                        + " | ".join(f"{100 * row.error:.2f}" for row in fits) + " | "
                        + " | ".join(map(decibel, fits)) + " |")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.quality.peer_layers import Peer, stored_bytes
-from benchmarks.quality.picture_cells import EXACT, SIXTEEN, Build, Extent, recipe_of
+from benchmarks.quality.picture_cells import EXACT, FREE, SIXTEEN, Build, Extent, recipe_of
 from benchmarks.quality.stress import Hardness, hardness, stress
 from nunchaku_py import quantize
 from nunchaku_py.calibrate import State, evenly
@@ -120,13 +120,13 @@ class Subject:
     def quantized(self, build: Build) -> Quantized:
         if build.method in (SIXTEEN, EXACT):
             return Quantized(self.denoiser if build.method == SIXTEEN else self.exact())
-        states = [] if build.peer else self.calibration(build.seed)
+        states = None if build.peer or build.method == FREE else self.calibration(build.seed)
         model, started = copy.deepcopy(self.denoiser), time.perf_counter()
         if build.peer:
             size = quantize_by(build.peer, model)
         else:
-            quantize(model, recipe_of(build.method, build.format), states, "a4", rank=build.rank, states=len(states),
-                     seed=build.seed, progress=False)
+            quantize(model, recipe_of(build.method, build.format), states, "a4", rank=build.rank,
+                     states=len(states or ()), seed=build.seed, progress=False)
             size = sum(parameter.nbytes for module in quantized_modules(model).values()
                        for name, parameter in module.named_parameters() if not name.endswith("bias"))
         return Quantized(model, size, time.perf_counter() - started)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.quality import picture_bars, picture_cells, picture_report, picture_subjects, pictures
 from benchmarks.quality.picture_bars import Table
-from benchmarks.quality.picture_cells import JUDGED, RANK, RANKS, Build, Extent, builds
+from benchmarks.quality.picture_cells import FREE, JUDGED, RANK, RANKS, Build, Extent, builds
 from benchmarks.quality.picture_metrics import compare, feature_distance, frechet, pooled
 from benchmarks.quality.picture_rows import Row, append, key_of, newest, read
 from nunchaku_py.demo import scenes, shipped
@@ -149,8 +149,15 @@ def test_the_full_matrix_has_what_the_bars_ask_for() -> None:
     assert all(bar.met is not None for bar in picture_bars.bars(Table(rows)) if "sdnq" not in bar.asked)
 
 
+@pytest.mark.parametrize("extent", [picture_cells.FULL, picture_cells.QUICK])
+def test_beside_the_peers_stands_ours_without_data(extent: Extent) -> None:
+    found = [build for build in builds(extent, *JUDGED) if build.method == FREE]
+    assert [(build.format, build.rank, set(build.modes)) for build in found] == [("int4", 32, {"a16", "a8"})]
+    assert not any(build.method == FREE for build in builds(replace(extent, peers=0), *JUDGED))
+
+
 def test_every_method_is_a_recipe() -> None:
-    for method in picture_cells.METHODS:
+    for method in (*picture_cells.METHODS, FREE):
         for fmt in picture_cells.FORMATS:
             assert picture_cells.recipe_of(method, fmt).format == fmt
 
@@ -186,6 +193,8 @@ def measured(**errors: float) -> Iterator[Row]:
                 yield row(**same, error=part * error, psnr=25.0, agreement=0.89)
                 yield row(**same, format="nvfp4", error=0.9 * part * error)
     yield row(method="16 bit", format="", rank=0, mode="a16", error=0.0, psnr=float("inf"), agreement=0.9)
+    for mode, error in (("a16", 0.18), ("a8", 0.19)):
+        yield row(method=FREE, rank=32, mode=mode, error=error, bytes=120)
     yield row(method="sdnq uint4", settings="svd", format="", rank=0, mode="a16", error=0.2, psnr=22.0, bytes=120,
               agreement=0.8)
 
@@ -239,6 +248,7 @@ def test_sdnq_is_compared_at_no_more_bytes() -> None:
     table = Table(measured())
     peer = table.peers(*JUDGED)[0]
     assert table.fitting(peer, "int4", "a8").rank == RANK  # 116 bytes fit into 120, 132 do not
+    assert table.fitting(peer, "int4", "a8", FREE).error == 0.19
     assert picture_bars.against(table, peer).met
     assert picture_bars.against(table, replace(peer, error=0.055)).met is False
     assert picture_bars.against(table, replace(peer, psnr=30.0)).met is False
@@ -252,6 +262,7 @@ def test_the_summary_says_every_bar_and_every_row(tmp_path: Path) -> None:
     said = picture_report.write_report(path)
     page = path.with_suffix(".md").read_text()
     assert "1 missed" in said and "**missed**" in page and "sdnq" in page and "nvfp4" in page
+    assert "| svd | 0 | 20.00 | 22.00 | svdquant, data-free, int4, rank 32 | 0 | 18.00 | 19.00 | – | – |" in page
     assert path.with_suffix(".png").exists() or "is not installed" in said
 
 
@@ -315,6 +326,17 @@ def test_rows_of_another_extent_are_not_mixed_in(quick: bool, states: int, promp
     with pytest.raises(SystemExit, match=rf"rows of {states} steps and {prompts} prompts, not of .* another folder"):
         pictures.main(["--out", str(tmp_path), "--threads", "1", *["--quick"] * quick])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_ours_without_data_asks_for_none(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "WEIGHTS", weights)
+    monkeypatch.setitem(shipped.CALLS, "tiny-flux", {**shipped.CALLS["tiny-flux"], "num_inference_steps": 1})
+    subject = picture_subjects.Subject("tiny-flux", False, Extent(prompts=2, steps=1))
+    monkeypatch.setattr(subject, "calibration", lambda seed: pytest.fail("calibrated"))
+    build = next(build for build in builds(picture_cells.QUICK, "tiny-flux", "plain") if build.method == FREE)
+    found = list(pictures.Bench(subject, set()).rows(build))
+    assert [(one.mode, one.psnr != "") for one in found] == [("a16", True), ("a8", False)]
+    assert 0 < found[0].error < found[1].error < 1 and found[0].bytes == found[1].bytes > 0
 
 
 def test_a_peer_that_refuses_gives_a_row_that_says_so(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
