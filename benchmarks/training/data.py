@@ -1,26 +1,35 @@
 """Scenes drawn once and kept as pictures: `python -m benchmarks.training.data`.
 
 `scenes` are what the generators learn from: never a held-out pair of colour and shape. `anything` is what the checker
-learns from: every shape, every pair.
+learns from: every shape, every pair. `neon` are the first scenes again, glowing.
 """
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nunchaku_py.demo.render import render
+from nunchaku_py.demo.render import render, render_neon
 from nunchaku_py.demo.scenes import Scene, anything, draw
 
 from .loop import DEVICE, OUT, save_whole
 
-COUNT = {"scenes": 40_000, "anything": 32_000}
-SOURCES: dict[str, Callable[[random.Random], Scene]] = {"scenes": draw, "anything": anything}
-SEEDS = {"scenes": 1, "anything": 2}
 SHARD = 4000
+
+
+@dataclass(frozen=True)
+class Source:
+    count: int
+    seed: int
+    scene: Callable[[random.Random], Scene] = draw
+    render: Callable[[Sequence[Scene]], Tensor] = render
+
+
+SOURCES = {"scenes": Source(40_000, 1), "anything": Source(32_000, 2, anything),
+           "neon": Source(4000, 1, draw, render_neon)}
 
 
 @dataclass
@@ -36,11 +45,11 @@ class Pictures:
 
 def scenes(name: str, count: int | None = None) -> list[Scene]:
     """The scenes of a set; shard i is drawn from its own seed."""
-    chance_of = (random.Random(SEEDS[name] * 1000 + shard) for shard in range(1000))
+    source = SOURCES[name]
     found: list[Scene] = []
-    while len(found) < (count or COUNT[name]):
-        chance = next(chance_of)
-        found += [SOURCES[name](chance) for _ in range(SHARD)]
+    while len(found) < (count or source.count):
+        chance = random.Random(source.seed * 1000 + len(found) // SHARD)
+        found += [source.scene(chance) for _ in range(SHARD)]
     return found
 
 
@@ -54,10 +63,16 @@ def pictures(name: str, shards: int | None = None) -> Pictures:
         path = folder / f"{name}-{shard}.pt"
         if not path.exists():
             chosen = drawn[shard * SHARD:(shard + 1) * SHARD]
-            save_whole(torch.cat([to_bytes(render(chosen[i:i + 250])) for i in range(0, SHARD, 250)]), path)
+            rendered = [to_bytes(SOURCES[name].render(chosen[i:i + 250])) for i in range(0, SHARD, 250)]
+            save_whole(torch.cat(rendered), path)
             print(f"rendered {path}", flush=True)
         parts.append(torch.load(path, map_location=DEVICE, weights_only=True))
     return Pictures(drawn, torch.cat(parts))
+
+
+def seen() -> Tensor:
+    """The pixels autoencoders learn from: all scenes, and some of them glowing, so that a style can be taught later."""
+    return torch.cat([pictures("scenes").pixels, pictures("neon").pixels])
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -70,5 +85,5 @@ def random_rows(count: int, batch: int, generator: torch.Generator) -> Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in COUNT:
+    for name in SOURCES:
         pictures(name)

@@ -1,14 +1,15 @@
 """What both denoisers learn from: the scenes as latents of the trained autoencoder, and captions as tokens."""
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import captions as texts
 from . import layout
-from .data import pictures, random_rows
+from .data import random_rows, scenes, seen
 from .loop import DEVICE, OUT, low_precision, save_whole
 from .vae import trained_first
 
@@ -18,7 +19,7 @@ BATCH = 200
 
 @dataclass
 class Examples:
-    """Latents (N, C, 16, 16), shifted and scaled to mean 0 and deviation 1, with PER_SCENE captions for each."""
+    """Latents (N, C, side, side), shifted and scaled to mean 0 and deviation 1, with PER_SCENE captions for each."""
 
     latents: Tensor
     maps: Tensor
@@ -35,21 +36,39 @@ class Examples:
         return self.latents[of].float(), self.maps[of], t5, clip
 
 
-def examples() -> Examples:
-    data = pictures("scenes")
-    latents, shift, scale = encoded(data.pixels)
-    sentences = texts.captions(data.scenes)
-    return Examples((latents - shift) * scale, layout.maps(data.scenes), texts.tokens(sentences), texts.tokens([""]))
+def examples(model: str) -> Examples:
+    drawn, known = scenes("scenes"), encoded(model)
+    sentences = texts.captions(drawn)
+    return Examples((known.latents[:len(drawn)] - known.shift) * known.scale, layout.maps(drawn),
+                    texts.tokens(sentences), texts.tokens([""]))
 
 
-def encoded(pixels: Tensor) -> tuple[Tensor, float, float]:
-    """(latents, shift, scale) as the autoencoder's config names them; encoded once."""
-    path = OUT / "latents.pt"
-    if not path.exists():
-        vae = trained_first()
+@dataclass
+class Encoded:
+    """Latents of `data.seen()`; shift and scale as an autoencoder's config names them."""
+
+    latents: Tensor
+    shift: float
+    scale: float
+
+
+def encoded(model: str) -> Encoded:
+    """Made once for each state of the encoder."""
+    vae = trained_first(model)
+    path = OUT / f"latents-{model}.pt"
+    digest = _digest(vae.encoder)
+    kept = torch.load(path, map_location=DEVICE, weights_only=True) if path.exists() else {}
+    if kept.get("encoder") != digest:
         with torch.inference_mode(), low_precision():
-            parts = [vae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0].half() for part in pixels.split(BATCH)]
-        save_whole(torch.cat(parts), path)
-    latents = torch.load(path, map_location=DEVICE, weights_only=True)
-    sample = latents[:4000].float()
-    return latents, sample.mean().item(), 1 / sample.std().item()
+            parts = [vae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0].half() for part in seen().split(BATCH)]
+        kept = {"encoder": digest, "latents": torch.cat(parts)}
+        save_whole(kept, path)
+    sample = kept["latents"][:4000].float()
+    return Encoded(kept["latents"], sample.mean().item(), 1 / sample.std().item())
+
+
+def _digest(module: nn.Module) -> str:
+    found = hashlib.sha256()
+    for value in module.state_dict().values():
+        found.update(value.cpu().numpy().tobytes())
+    return found.hexdigest()

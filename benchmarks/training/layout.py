@@ -35,11 +35,13 @@ def maps(scenes: list[Scene]) -> Tensor:
 
 
 class Question(nn.Module):
-    """Listens to the output of a module inside the denoiser: (B, 64, width), or (B, width, 8, 8)."""
+    """Listens to the output of a module inside the denoiser, (B, side², width) or (B, width, side, side); each state
+    answers for the cells it covers."""
 
-    def __init__(self, width: int, listened: nn.Module):
+    def __init__(self, width: int, listened: nn.Module, side: int):
         super().__init__()
-        self.head = nn.Linear(width, sum(ANSWERS))
+        self.side, self.cells = side, CELLS // side
+        self.head = nn.Linear(width, self.cells ** 2 * sum(ANSWERS))
         self.heard: Tensor | None = None
         listened.register_forward_hook(self._hear)
 
@@ -51,7 +53,9 @@ class Question(nn.Module):
         states = self.heard if self.heard.ndim == 3 else self.heard.flatten(2).transpose(1, 2)
         self.heard = None
         weight = 1 + (COVERED - 1) * (wanted[:, 0] > 0).float()
-        parts = self.head(states.float()).split(ANSWERS, dim=-1)
+        found = self.head(states.float()).unflatten(2, (self.cells, self.cells, -1))
+        found = found.unflatten(1, (self.side, self.side)).transpose(2, 3)  # rows, their cells, columns, their cells
+        parts = found.flatten(1, 4).split(ANSWERS, dim=-1)
         lost = sum(F.cross_entropy(part.transpose(1, 2), wanted[:, i].long(), reduction="none")
                    for i, part in enumerate(parts))
         return (lost * weight).sum() / weight.sum()

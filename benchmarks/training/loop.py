@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import together
+from .muon import Muon
+
 OUT = Path(os.environ.get("NUNCHAKU_PY_TRAINING", "outputs/training"))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOG_EVERY, SAVE_EVERY = 50, 250
@@ -32,7 +35,7 @@ class Plan:
     """How long and how fast: a linear warm-up, a plateau, a linear fall to nothing over the last part, `fall`."""
 
     steps: int
-    batch: int
+    batch: int  # of each process
     rate: float
     warmup: int = 200
     fall: float = 0.4
@@ -46,7 +49,8 @@ class Plan:
         return self.rate * max(0.0, min(1.0, rise, left))
 
     def generator(self, step: int) -> torch.Generator:
-        return torch.Generator(DEVICE).manual_seed((self.seed << 32) + step)
+        # A CPU generator hears the lower 32 bits of its seed only.
+        return torch.Generator(DEVICE).manual_seed(together.part() * 10**9 + self.seed * 10**7 + step)
 
 
 def parser(description: str | None, plan: Plan) -> argparse.ArgumentParser:
@@ -64,6 +68,7 @@ def prepared(arguments: argparse.Namespace, plan: Plan) -> Plan:
     same every time."""
     torch.set_num_threads(arguments.threads)
     torch.set_default_device(DEVICE)
+    together.join()
     torch.manual_seed(plan.seed)
     return replace(plan, steps=arguments.steps, batch=arguments.batch, rate=arguments.rate)
 
@@ -113,9 +118,11 @@ class Run:
         self.module.train()
         heard: dict[str, list[float]] = {}
         started, since = time.monotonic(), self.step
-        while self.step < self.plan.steps and not asked.is_set():
+        stopping = False
+        while self.step < self.plan.steps and not stopping:
             found, values = loss(self.step, self.plan.generator(self.step))
             found.backward()
+            stopping = together.shared_gradients(self.module.parameters(), asked.is_set())
             self._update()
             self.step += 1
             for name, value in {"loss": found.item(), **values}.items():
@@ -123,7 +130,7 @@ class Run:
             if self.step % LOG_EVERY == 0:
                 seconds = (time.monotonic() - started) / (self.step - since)
                 means = {name: sum(values) / len(values) for name, values in heard.items()}
-                self._log({**means, "samples_per_second": self.plan.batch / seconds})
+                self._log({**means, "samples_per_second": together.count() * self.plan.batch / seconds})
                 heard = {}
                 started, since = time.monotonic(), self.step
             if self.step % SAVE_EVERY == 0:
@@ -145,6 +152,8 @@ class Run:
                 kept.copy_(value)
 
     def save(self) -> None:
+        if together.part() > 0:
+            return
         parts = {"step": self.step, "module": self.module.state_dict(), "averaged": self.averaged,
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
         save_whole(parts, self._state)
@@ -158,6 +167,8 @@ class Run:
         print(f"{self.name}: going on from step {self.step}", flush=True)
 
     def _log(self, values: dict[str, float]) -> None:
+        if together.part() > 0:
+            return
         row = {"step": self.step, **{name: f"{value:.5g}" for name, value in values.items()}}
         path = self.folder / "log.csv"
         new = not path.exists()
@@ -166,7 +177,7 @@ class Run:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        left = (self.plan.steps - self.step) * self.plan.batch / values["samples_per_second"]
+        left = (self.plan.steps - self.step) * self.plan.batch * together.count() / values["samples_per_second"]
         print(f"{self.name} " + "  ".join(f"{name} {value}" for name, value in row.items())
               + f"  of {self.plan.steps}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
@@ -184,16 +195,21 @@ def averaged(name: str) -> dict[str, Tensor]:
 
 
 def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside, AdamW for what reads and writes them, for norms, biases and convolutions."""
-    matrices, others = [], []
+    """Muon for the matrices and convolutions inside, AdamW for what reads and writes them, for norms and biases."""
+    inner, others = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            inner = parameter.ndim == 2 and min(parameter.shape) >= 64 and "embed" not in name and "shared" not in name
-            (matrices if inner else others).append(parameter)
+            (inner if _is_inner(name, parameter) else others).append(parameter)
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, plan.rate, (0.9, 0.98), weight_decay=0.0)]
-    if matrices:
-        found.append(torch.optim.Muon(matrices, plan.rate, plan.decay, adjust_lr_fn="match_rms_adamw"))
+    if inner:
+        found.append(Muon(inner, plan.rate, plan.decay))
     return found
+
+
+def _is_inner(name: str, parameter: Tensor) -> bool:
+    if any(part in name for part in ("embed", "shared", "conv_in", "conv_out")):
+        return False
+    return parameter.ndim == 4 or parameter.ndim == 2 and min(parameter.shape) >= 64
 
 
 @contextmanager

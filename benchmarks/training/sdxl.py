@@ -29,7 +29,8 @@ def unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=(64, 128),
+        sample_size=16, in_channels=LATENT_CHANNELS["sdxl"], out_channels=LATENT_CHANNELS["sdxl"],
+        block_out_channels=(64, 128),
         layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1),
         attention_head_dim=(1, 2),  # so it is called; these are numbers of heads, of 64 each
@@ -58,7 +59,7 @@ class Drawer(nn.Module):
         super().__init__()
         self.clip, self.wide_clip = clip.requires_grad_(False), wide_clip.requires_grad_(False)
         self.unet = unet
-        self.question = Question(unet.config.block_out_channels[-1], unet.mid_block)
+        self.question = Question(unet.config.block_out_channels[-1], unet.mid_block, 8)
 
     def forward(self, x: Tensor, step: Tensor, clip: Tensor) -> Tensor:
         with torch.no_grad():
@@ -89,7 +90,7 @@ def losses(drawer: Drawer, kept: Tensor, data: Examples, batch: int,
 
 def main() -> None:
     plan = prepared(parser(__doc__, PLAN).parse_args(), PLAN)
-    data = examples()
+    data = examples("sdxl")
     signal = kept()
     run = Run("sdxl", fresh().to(memory_format=torch.channels_last), plan)
 

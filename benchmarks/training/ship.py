@@ -16,7 +16,6 @@ from nunchaku_py.demo import checker, shipped
 
 from . import flux, sdxl
 from .checker import trained as trained_checker
-from .data import pictures
 from .latents import encoded
 from .loop import OUT, averaged
 from .text_models import clip_tokenizer, t5_tokenizer
@@ -30,9 +29,8 @@ def flux_pipeline() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     drawer = _filled(flux.fresh(), "flux")
-    _, shift, scale = encoded(pictures("scenes").pixels)
-    vae = trained_vae()
-    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    vae, known = trained_vae("flux"), encoded("flux")
+    vae.register_to_config(scaling_factor=known.scale, shift_factor=known.shift)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=drawer.transformer,
         text_encoder=drawer.clip, tokenizer=clip_tokenizer(), text_encoder_2=drawer.t5, tokenizer_2=t5_tokenizer())
@@ -44,9 +42,9 @@ def sdxl_pipeline() -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     drawer = _filled(sdxl.fresh(), "sdxl")
-    _, shift, scale = encoded(pictures("scenes").pixels)
-    vae = _shifted(trained_vae(), shift)
-    vae.register_to_config(scaling_factor=scale, shift_factor=None, force_upcast=False)
+    known = encoded("sdxl")
+    vae = _shifted(trained_vae("sdxl"), known.shift)
+    vae.register_to_config(scaling_factor=known.scale, shift_factor=None, force_upcast=False)
     return StableDiffusionXLPipeline(
         scheduler=sdxl.scheduler(), vae=vae, unet=drawer.unet, text_encoder=drawer.clip, tokenizer=clip_tokenizer(),
         text_encoder_2=drawer.wide_clip, tokenizer_2=clip_tokenizer(), force_zeros_for_empty_prompt=False,

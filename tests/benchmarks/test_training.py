@@ -1,6 +1,7 @@
 """The parts that training stands on: the loop, tokenizers, captions as numbers, and what is asked of the models."""
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from benchmarks.training import captions, data, flux, layout, loop, lora, sdxl, text, text_models
+from benchmarks.training import captions, data, flux, layout, loop, lora, muon, sdxl, text, text_models, vae
 from nunchaku_py.demo.scenes import COLOURS, SHAPES, Scene, Thing, describe, draw, read
 
 PLAN = loop.Plan(steps=12, batch=4, rate=1e-2, warmup=3)
@@ -138,12 +140,107 @@ def test_maps_say_what_is_where():
     assert one[1].max() == 1 + COLOURS.index("blue")
 
 
+@pytest.mark.parametrize("side", [4, 8])
+def test_each_state_answers_for_its_cells(side: int):
+    """A head that copies what a state says of its own cells puts every answer where the map has it."""
+    listened = nn.Identity()
+    cells, answers = layout.CELLS // side, sum(layout.ANSWERS)
+    question = layout.Question(cells ** 2 * answers, listened, side)
+    with torch.no_grad():
+        question.head.weight.copy_(torch.eye(cells ** 2 * answers))
+        question.head.bias.zero_()
+    thing = Thing("star", "blue", "dotted", "small", 20.0, 48.0, 8.0, 0.0)
+    wanted = layout.maps([Scene((thing,), "black", "plain")])
+    said = torch.cat([F.one_hot(part.long(), count) for part, count in zip(wanted[0], layout.ANSWERS, strict=True)], 1)
+    grid = said.reshape(side, cells, side, cells, answers).transpose(1, 2)  # rows and columns of states, then of cells
+    listened(100.0 * grid.reshape(1, side ** 2, -1))
+    assert question.loss(wanted) < 1e-6
+    listened(100.0 * grid.flip(1).reshape(1, side ** 2, -1))
+    assert question.loss(wanted) > 1
+
+
+def test_orthogonal_steps():
+    torch.manual_seed(0)
+    for shape in ((64, 96), (96, 64)):
+        values = torch.linalg.svdvals(muon.orthogonal(torch.randn(shape)))
+        assert 0.6 < values.min() and values.max() < 1.3
+    convolution, linear = (loop._optimizers(module, PLAN)[1:] for module in (nn.Conv2d(8, 8, 3), nn.Linear(64, 64)))
+    assert convolution and linear and not loop._optimizers(nn.Linear(3, 64), PLAN)[1:]
+
+
+def test_processes_that_train_together_take_one_step(out: Path):
+    script = textwrap.dedent("""
+        import sys, torch
+        from pathlib import Path
+        from benchmarks.training import loop, together
+        loop.OUT = Path(sys.argv[1])
+        together.join()
+        torch.manual_seed(0)
+        module = torch.nn.Linear(2, 1)
+        def loss(step, generator):
+            x = torch.randn(4, 2, generator=generator)
+            return (module(x) - x[:, :1]).square().mean(), {}
+        loop.Run("both", module, loop.Plan(5, 4, 1e-2)).train(loss)
+        torch.save(module.state_dict(), f"{sys.argv[1]}/{together.part()}.pt")
+    """)
+    (out / "both.py").write_text(script)
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", out / "both.py", out],
+                   check=True, capture_output=True, timeout=240, cwd=root,
+                   env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    first, second = (torch.load(out / f"{part}.pt", weights_only=True) for part in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = _alone(out)
+    assert not torch.equal(first["weight"], alone["weight"])
+
+
+def _alone(out: Path) -> dict[str, Tensor]:
+    """The same five steps of the first process only."""
+    torch.manual_seed(0)
+    module = nn.Linear(2, 1)
+
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        x = torch.randn(4, 2, generator=generator)
+        return (module(x) - x[:, :1]).square().mean(), {}
+
+    loop.Run("alone", module, loop.Plan(5, 4, 1e-2)).train(loss)
+    return module.state_dict()
+
+
+def test_the_deeper_autoencoder_starts_from_the_finest_levels():
+    torch.manual_seed(0)
+    fine = vae.autoencoder("sdxl")
+    deep = vae.with_fine_levels(vae.autoencoder("flux"), fine)
+    for mine, its in ((deep.encoder.down_blocks[0], fine.encoder.down_blocks[0]),
+                      (deep.decoder.up_blocks[3], fine.decoder.up_blocks[2])):
+        for one, other in zip(mine.parameters(), its.parameters(), strict=True):
+            assert torch.equal(one, other)
+    latents = deep.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
+    assert latents.shape == (1, vae.LATENT_CHANNELS["flux"], 2 * flux.GRID, 2 * flux.GRID)
+    assert deep.decode(latents).sample.shape == (1, 3, 64, 64)
+
+
+def test_attention_starts_at_the_neighbours():
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    model = flux._started(flux.transformer())
+    rope = model.pos_embed(flux.image_ids())
+    middle = flux.GRID + 1  # row 1, column 1
+    for block, offsets in zip([*model.transformer_blocks, *model.single_transformer_blocks], flux.NEIGHBOURS,
+                              strict=True):
+        query, key = (apply_rotary_emb(bias.reshape(1, 1, 2, -1).expand(-1, flux.GRID ** 2, -1, -1), rope,
+                                       sequence_dim=1)
+                      for bias in (block.attn.to_q.bias, block.attn.to_k.bias))
+        seen = torch.einsum("qhd,khd->hqk", query[0], key[0])[:, middle].argmax(-1)
+        assert [(int(at) // flux.GRID - 1, int(at) % flux.GRID - 1) for at in seen] == list(offsets)
+
+
 def test_packing_is_the_pipelines():
     from diffusers import FluxPipeline
 
-    latents = torch.randn(2, 8, 16, 16)
-    assert torch.equal(flux.packed(latents), FluxPipeline._pack_latents(latents, 2, 8, 16, 16))
-    ids = FluxPipeline._prepare_latent_image_ids(2, 8, 8, torch.device("cpu"), torch.float32)
+    latents = torch.randn(2, 16, 8, 8)
+    assert torch.equal(flux.packed(latents), FluxPipeline._pack_latents(latents, 2, 16, 8, 8))
+    ids = FluxPipeline._prepare_latent_image_ids(2, flux.GRID, flux.GRID, torch.device("cpu"), torch.float32)
     assert torch.equal(flux.image_ids(), ids)
 
 
@@ -155,7 +252,8 @@ def test_a_step_of_each_denoiser_lowers_its_loss(model: str):
     scenes = [draw(chance) for _ in range(4)]
     from benchmarks.training.latents import Examples
 
-    examples = Examples(torch.randn(4, 8, 16, 16), layout.maps(scenes), captions.tokens(captions.captions(scenes)),
+    latents = torch.randn(4, 16, 8, 8) if model == "flux" else torch.randn(4, 8, 16, 16)
+    examples = Examples(latents, layout.maps(scenes), captions.tokens(captions.captions(scenes)),
                         captions.tokens([""]))
     if model == "flux":
         drawer = flux.Drawer(encoders["t5"], encoders["clip"], flux.transformer())
