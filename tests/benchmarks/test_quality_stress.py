@@ -32,12 +32,13 @@ def states(name: str, seed: int = 0, count: int = 3, batch: int = 4) -> list[Sta
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
     generator, found = torch.Generator().manual_seed(seed), []
+    places, width = flux.image_ids(), model("flux").config.in_channels
     for i in range(count):
         at = torch.full((batch,), (i + 0.5) / count)
         found.append({
-            "hidden_states": random(batch, 64, 32), "encoder_hidden_states": random(batch, 32, 128),
+            "hidden_states": random(batch, len(places), width), "encoder_hidden_states": random(batch, 32, 128),
             "pooled_projections": random(batch, 64), "timestep": at, "txt_ids": torch.zeros(32, 3),
-            "img_ids": flux.image_ids(),
+            "img_ids": places,
         } if name == "flux" else {
             "sample": random(batch, 8, 16, 16), "timestep": 1000 * at, "encoder_hidden_states": random(batch, 32, 192),
             "added_cond_kwargs": {"text_embeds": random(batch, 128), "time_ids": torch.full((batch, 6), 64.0)}})
