@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from . import together
+
 MOMENTUM, ROUNDS = 0.95, 5
 QUINTIC = (3.4445, -4.7750, 2.0315)  # lifts singular values to about 1 in five rounds
 LIKE_ADAM = 0.2  # the root mean square of a step, in learning rates: what AdamW's steps have
@@ -22,18 +24,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group["lr"], group["decay"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            towards = [self._wanted(parameter) for parameter in parameters]
+            directions = together.divided(orthogonal, towards)  # the dear part: each process does some of them
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.mul_(1 - group["lr"] * group["decay"])
+                size = group["lr"] * LIKE_ADAM * max(direction.shape) ** 0.5
+                parameter.add_(direction.reshape(parameter.shape), alpha=-size)
 
-    def _move(self, parameter: Tensor, rate: float, decay: float) -> None:
+    def _wanted(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        direction = orthogonal(parameter.grad.lerp(momentum, MOMENTUM).flatten(1))
-        parameter.mul_(1 - rate * decay)
-        parameter.add_(direction.reshape(parameter.shape), alpha=-rate * LIKE_ADAM * max(direction.shape) ** 0.5)
+        return parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Two processes of one thread are nearly twice as fast as one of two threads: thes
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, distributed
@@ -33,9 +33,21 @@ def shared_gradients(parameters: Iterable[Tensor], stopping: bool) -> bool:
     if count() == 1:
         return stopping
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor([float(stopping)])])
-    distributed.all_reduce(flat)
-    *means, asked = flat.split([*(gradient.numel() for gradient in gradients), 1])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient) / count())
+    *sums, asked = _summed([*gradients, torch.tensor([float(stopping)])])
+    for gradient, total in zip(gradients, sums, strict=True):
+        gradient.copy_(total / count())
     return bool(asked > 0)
+
+
+def divided(work: Callable[[Tensor], Tensor], given: list[Tensor]) -> list[Tensor]:
+    """[work(one) for one in given], of the same shapes; each process does a part of it."""
+    if count() == 1:
+        return [work(one) for one in given]
+    return _summed([work(one) if i % count() == part() else torch.zeros_like(one) for i, one in enumerate(given)])
+
+
+def _summed(parts: list[Tensor]) -> list[Tensor]:
+    """Of all processes, in one message."""
+    flat = torch.cat([one.flatten() for one in parts])
+    distributed.all_reduce(flat)
+    return [found.view_as(one) for found, one in zip(flat.split([one.numel() for one in parts]), parts, strict=True)]
