@@ -36,7 +36,8 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Lora:
-    base: str
+    """What it learns from."""
+
     scene: Callable[[random.Random], Scene]
     render: Callable[[Sequence[Scene]], Tensor]
     suffix: str = ""
@@ -52,9 +53,9 @@ def _with_hearts(chance: random.Random) -> Scene:
 
 
 LORAS = {
-    "tiny-flux-neon": Lora("tiny-flux", draw, render_neon, " in neon style"),
-    "tiny-flux-heart": Lora("tiny-flux", _with_hearts, render),
-    "tiny-sdxl-neon": Lora("tiny-sdxl", draw, render_neon, " in neon style"),
+    "tiny-flux-neon": Lora(draw, render_neon, " in neon style"),
+    "tiny-flux-heart": Lora(_with_hearts, render),
+    "tiny-sdxl-neon": Lora(draw, render_neon, " in neon style"),
 }
 
 
@@ -72,17 +73,17 @@ def _latents(pictures: Tensor, vae: nn.Module) -> Tensor:
     return ((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).half()
 
 
-def adapted(lora: Lora) -> tuple[Any, nn.Module]:
+def adapted(base: str) -> tuple[Any, nn.Module]:
     """(pipeline, what is trained): the pipeline's denoiser with an adapter, in fp32, everything else frozen."""
     from peft import LoraConfig
 
-    pipe = shipped.pipeline(lora.base, torch.float32).to(DEVICE)
-    denoiser = getattr(pipe, shipped.DENOISERS[lora.base])
+    pipe = shipped.pipeline(base, torch.float32).to(DEVICE)
+    denoiser = getattr(pipe, shipped.DENOISERS[base])
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, denoiser):
         part.requires_grad_(False)
     denoiser.add_adapter(LoraConfig(
-        r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS[lora.base]))
-    if lora.base == "tiny-flux":
+        r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS[base]))
+    if base == "tiny-flux":
         return pipe, flux.Drawer(pipe.text_encoder_2, pipe.text_encoder, denoiser)
     return pipe, sdxl.Drawer(pipe.text_encoder, pipe.text_encoder_2, denoiser)
 
@@ -92,7 +93,8 @@ def resumed(name: str, drawer: nn.Module, plan: Plan) -> Run:
     base = {key: value.clone() for key, value in drawer.state_dict().items() if _of_base(key)}
     run = Run(name, drawer, plan)
     if not all(torch.equal(value, base[key]) for key, value in drawer.state_dict().items() if _of_base(key)):
-        raise SystemExit(f"{run.folder}: was trained on other weights of {LORAS[name].base}; delete it to begin again")
+        raise SystemExit(f"{run.folder}: was trained on other weights of {shipped.LORAS[name]}; "
+                         "delete it to begin again")
     return run
 
 
@@ -105,7 +107,7 @@ def save(name: str, pipe: Any, drawer: nn.Module) -> None:
     from peft import get_peft_model_state_dict
 
     drawer.load_state_dict(averaged(name))
-    part = shipped.DENOISERS[LORAS[name].base]
+    part = shipped.DENOISERS[shipped.LORAS[name]]
     adapter = get_peft_model_state_dict(getattr(pipe, part))
     layers = {key: value.bfloat16().contiguous() for key, value in adapter.items()}
     folder = shipped.WEIGHTS / "loras"
@@ -120,14 +122,14 @@ def main() -> None:
     options.add_argument("name", choices=LORAS)
     arguments = options.parse_args()
     plan = prepared(arguments, PLAN)
-    lora = LORAS[arguments.name]
-    pipe, drawer = adapted(lora)
-    data = examples(lora, pipe.vae)
+    base = shipped.LORAS[arguments.name]
+    pipe, drawer = adapted(base)
+    data = examples(LORAS[arguments.name], pipe.vae)
     run = resumed(arguments.name, drawer, plan)
     kept = sdxl.kept()
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        if lora.base == "tiny-flux":
+        if base == "tiny-flux":
             return flux.losses(drawer, data, plan.batch, generator)[0], {}
         return sdxl.losses(drawer, kept, data, plan.batch, generator)[0], {}
 

@@ -17,6 +17,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "tiny-sdxl": {"height": 64, "width": 64, "num_inference_steps": 20, "guidance_scale": 4.0},
 }
 DENOISERS = {"tiny-flux": "transformer", "tiny-sdxl": "unet"}
+# LoRA → the pipeline it is for.
+LORAS = {"tiny-flux-neon": "tiny-flux", "tiny-flux-heart": "tiny-flux", "tiny-sdxl-neon": "tiny-sdxl"}
 
 
 def folder(name: str) -> Path:
@@ -25,6 +27,16 @@ def folder(name: str) -> Path:
         raise NunchakuError(f"no shipped pipeline is called '{name}'; there are {' and '.join(CALLS)}")
     found = WEIGHTS / name
     if not (found / "model_index.json").exists():
+        raise NunchakuError(f"{found}: the shipped weights are missing; reinstall nunchaku-py")
+    return found
+
+
+def lora(name: str) -> Path:
+    """The LoRA of this name, a file for `pipe.load_lora_weights`."""
+    if name not in LORAS:
+        raise NunchakuError(f"no shipped LoRA is called '{name}'; there are {', '.join(LORAS)}")
+    found = WEIGHTS / "loras" / f"{name}.safetensors"
+    if not found.exists():
         raise NunchakuError(f"{found}: the shipped weights are missing; reinstall nunchaku-py")
     return found
 
