@@ -15,32 +15,41 @@ from .vae import trained_first
 
 UNCONDITIONAL = 0.1  # part of the captions that are left out, so that classifier-free guidance works
 BATCH = 200
+TIMES = {1: 1, 2: 2, 3: 4}  # by number of things: more of them teach more, and are learned last
 
 
 @dataclass
 class Examples:
-    """Latents (N, C, side, side), shifted and scaled to mean 0 and deviation 1, with PER_SCENE captions for each."""
+    """Latents (N, C, side, side), shifted and scaled to mean 0 and deviation 1, with PER_SCENE captions for each.
+
+    times: how often as others each scene is seen; default: all alike."""
 
     latents: Tensor
     maps: Tensor
     tokens: texts.Tokens
     empty: texts.Tokens
+    times: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        times = torch.ones(len(self.latents), dtype=torch.long) if self.times is None else self.times
+        self.pool = torch.arange(len(self.latents)).repeat_interleave(times)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(latents, maps of what is where, T5 tokens, CLIP tokens), some captions empty."""
-        rows = random_rows(len(self.tokens.t5), size, generator)
+        of = self.pool[random_rows(len(self.pool), size, generator)]
+        rows = of * texts.PER_SCENE + random_rows(texts.PER_SCENE, size, generator)
         without = (torch.rand(size, generator=generator) < UNCONDITIONAL)[:, None]
         t5, clip = (torch.where(without, getattr(self.empty, kind), getattr(self.tokens, kind)[rows])
                     for kind in ("t5", "clip"))
-        of = rows // texts.PER_SCENE
         return self.latents[of].float(), self.maps[of], t5, clip
 
 
 def examples(model: str) -> Examples:
     drawn, known = scenes("scenes"), encoded(model)
     sentences = texts.captions(drawn)
+    times = torch.tensor([TIMES[len(scene.things)] for scene in drawn])
     return Examples((known.latents[:len(drawn)] - known.shift) * known.scale, layout.maps(drawn),
-                    texts.tokens(sentences), texts.tokens([""]))
+                    texts.tokens(sentences), texts.tokens([""]), times)
 
 
 @dataclass
