@@ -73,7 +73,7 @@ class Drawer(nn.Module):
 
 def fresh() -> Drawer:
     """Encoders that can read, and a denoiser that knows nothing."""
-    found = text.trained()
+    found = text.trained("flux")
     return Drawer(found["t5"], found["clip"], _started(transformer()))
 
 

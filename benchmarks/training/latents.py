@@ -25,7 +25,7 @@ class Examples:
     times: how often as others each scene is seen; default: all alike."""
 
     latents: Tensor
-    maps: Tensor
+    maps: layout.Maps
     tokens: texts.Tokens
     empty: texts.Tokens
     times: Tensor | None = None
@@ -34,7 +34,7 @@ class Examples:
         times = torch.ones(len(self.latents), dtype=torch.long) if self.times is None else self.times
         self.pool = torch.arange(len(self.latents)).repeat_interleave(times)
 
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, layout.Maps, Tensor, Tensor]:
         """(latents, maps of what is where, T5 tokens, CLIP tokens), some captions empty."""
         of = self.pool[random_rows(len(self.pool), size, generator)]
         rows = of * texts.PER_SCENE + random_rows(texts.PER_SCENE, size, generator)

@@ -71,7 +71,7 @@ class Drawer(nn.Module):
 
 def fresh() -> Drawer:
     """Encoders that can read, and a denoiser that knows nothing."""
-    found = text.trained()
+    found = text.trained("sdxl")
     return Drawer(found["clip"], found["wide_clip"], unet())
 
 

@@ -1,18 +1,21 @@
-"""The text encoders learn to read before anything is drawn: `python -m benchmarks.training.text`.
+"""The text encoders learn to read before anything is drawn: `python -m benchmarks.training.text flux`, or `… sdxl`.
 
 The state of a word that names a thing has to tell the thing's colour, texture, size, place and relation, the state of
-'background' which one, and the pooled state which pairs of colour and shape there are. The heads that ask are thrown
-away, and the encoders stay as they are: the denoisers learn to use what they say.
+'background' which one, and the pooled state which pairs of colour and shape there are. CLIP reads from left to right
+and knows a place only where it has been said: so the last word that is said of a thing is asked the same. The heads
+that ask are thrown away, and the encoders stay as they are: the denoisers learn to use what they say.
 """
 from __future__ import annotations
 
+import re
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nunchaku_py.demo.scenes import COLOURS, NEW_SHAPES, SHAPES, read
+from nunchaku_py.demo.scenes import COLOURS, NEW_SHAPES, SHAPES, phrases, read
 
 from . import captions as texts
 from .data import random_rows, scenes
@@ -28,13 +31,17 @@ GROUND_ANSWERS = [1 + len(values) for values in texts.GROUND.values()]
 NOUNS = SHAPES + NEW_SHAPES
 
 
-def encoders() -> nn.ModuleDict:
-    return nn.ModuleDict({"t5": t5_encoder(), "clip": clip_encoder(), "wide_clip": clip_encoder(WIDE_CLIP_WIDTH, True)})
+MODELS = {"flux": ("t5", "clip"), "sdxl": ("clip", "wide_clip")}
+MAKERS = {"t5": t5_encoder, "clip": clip_encoder, "wide_clip": partial(clip_encoder, WIDE_CLIP_WIDTH, True)}
 
 
-def trained() -> nn.ModuleDict:
-    found = encoders()
-    found.load_state_dict({name[len("encoders."):]: value for name, value in averaged("text").items()
+def encoders(model: str) -> nn.ModuleDict:
+    return nn.ModuleDict({name: MAKERS[name]() for name in MODELS[model]})
+
+
+def trained(model: str) -> nn.ModuleDict:
+    found = encoders(model)
+    found.load_state_dict({name[len("encoders."):]: value for name, value in averaged(f"text-{model}").items()
                            if name.startswith("encoders.")})
     return found
 
@@ -50,23 +57,24 @@ def read_states(name: str, encoder: nn.Module, tokens: Tensor) -> tuple[Tensor, 
 class Reader(nn.Module):
     """The encoders with the heads that question them."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
         super().__init__()
-        self.encoders = encoders()
-        self.of_things = nn.ModuleDict({name: nn.Linear(width, sum(ANSWERS))
-                                        for name, (_, width, _) in ENCODERS.items()})
+        self.encoders = encoders(model)
+        sizes = {name: ENCODERS[name] for name in MODELS[model]}
+        self.of_things = nn.ModuleDict({name: nn.Linear(width, sum(ANSWERS)) for name, (_, width, _) in sizes.items()})
         self.of_ground = nn.ModuleDict({name: nn.Linear(width, sum(GROUND_ANSWERS))
-                                        for name, (_, width, _) in ENCODERS.items()})
+                                        for name, (_, width, _) in sizes.items()})
         self.of_all = nn.ModuleDict({name: nn.Linear(pooled, len(COLOURS) * len(NOUNS) + sum(GROUND_ANSWERS))
-                                     for name, (_, _, pooled) in ENCODERS.items() if pooled})
+                                     for name, (_, _, pooled) in sizes.items() if pooled})
 
     def questioned(self, name: str, tokens: Tensor, key: Key, rows: Tensor) -> Tensor:
         states, pooled = read_states(name, self.encoders[name], tokens)
-        things, ground = key.where[ENCODERS[name][0]]
-        at = things[rows]
-        said = at >= 0
-        found = states.gather(1, at.clamp_min(0)[..., None].expand(-1, -1, states.shape[-1]))[said]
-        loss = _asked(self.of_things[name](found), key.things[rows][said], ANSWERS)
+        things, ends, ground = key.where[ENCODERS[name][0]]
+        loss = torch.zeros(())
+        for at in (things[rows], ends[rows]):
+            said = at >= 0
+            found = states.gather(1, at.clamp_min(0)[..., None].expand(-1, -1, states.shape[-1]))[said]
+            loss = loss + _asked(self.of_things[name](found), key.things[rows][said], ANSWERS)
         last = ground[rows]
         named = last >= 0
         state = states[torch.arange(len(rows)), last.clamp_min(0)][named]
@@ -95,34 +103,46 @@ class Key:
         for i, claim in enumerate(claims):
             for thing in claim.things:
                 self.pairs[i, COLOURS.index(thing.colour) * len(NOUNS) + NOUNS.index(thing.shape)] = 1
-        self.where = {"t5": _places(tokens.t5, t5_tokenizer()), "clip": _places(tokens.clip, clip_tokenizer())}
+        ends = torch.tensor([(phrase_ends(sentence) + [-1] * 3)[:3] for sentence in sentences])
+        self.where = {"t5": _places(tokens.t5, t5_tokenizer(), ends),
+                      "clip": _places(tokens.clip, clip_tokenizer(), ends + (ends >= 0))}  # its first token is no word
 
 
-def _places(tokens: Tensor, tokenizer: object) -> tuple[Tensor, Tensor]:
-    """Positions of the up to three words that name things, and of 'background'; −1: none."""
+def phrase_ends(caption: str) -> list[int]:
+    """For each thing which word of the caption is the last that is said of it; commas are words."""
+    spans = phrases(caption)
+    return [len(re.findall(r"\w+|,", caption[:end])) - 1 for _, end in spans]
+
+
+def _places(tokens: Tensor, tokenizer: object, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the up to three words that name things, of the last words said of them, and of 'background';
+    −1: none."""
     of = {word: tokenizer(word, add_special_tokens=False).input_ids[0] for word in (*NOUNS, "background")}
     nouns = torch.isin(tokens, torch.tensor([of[word] for word in NOUNS]))
     order = nouns.int().cumsum(1) * nouns
     things = torch.stack([torch.where((order == k).any(1), (order == k).int().argmax(1), -1) for k in (1, 2, 3)], 1)
     ground = tokens == of["background"]
-    return things, torch.where(ground.any(1), ground.int().argmax(1), -1)
+    return things, ends, torch.where(ground.any(1), ground.int().argmax(1), -1)
 
 
 def main() -> None:
-    plan = prepared(parser(__doc__, PLAN).parse_args(), PLAN)
+    options = parser(__doc__, PLAN)
+    options.add_argument("model", choices=MODELS)
+    arguments = options.parse_args()
+    plan = prepared(arguments, PLAN)
     sentences = texts.captions(scenes("scenes"))
     tokens = texts.tokens(sentences)
     key = Key(sentences, tokens)
-    reader = Reader()
+    reader = Reader(arguments.model)
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = random_rows(len(sentences), plan.batch, generator)
         with low_precision():
-            found = {name: reader.questioned(name, getattr(tokens, kind)[rows], key, rows)
-                     for name, (kind, _, _) in ENCODERS.items()}
+            found = {name: reader.questioned(name, getattr(tokens, ENCODERS[name][0])[rows], key, rows)
+                     for name in MODELS[arguments.model]}
         return sum(chain(found.values())), {name: value.item() for name, value in found.items()}
 
-    Run("text", reader, plan).train(loss)
+    Run(f"text-{arguments.model}", reader, plan).train(loss)
 
 
 if __name__ == "__main__":

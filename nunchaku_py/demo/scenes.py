@@ -182,6 +182,16 @@ _GROUND = re.compile(
 _RELATED = re.compile(rf"^ ({'|'.join(RELATIONS)}) $")
 
 
+def phrases(caption: str) -> list[tuple[int, int]]:
+    """From where to where a caption speaks of each thing, its place and its relation to the next included."""
+    found = [match.span() for match in _THING.finditer(caption.lower())]
+    if len(found) == 2:
+        between = _RELATED.match(caption.lower()[found[0][1]:found[1][0]])
+        if between:
+            found[0] = (found[0][0], found[1][0] - 1)
+    return found
+
+
 def read(caption: str) -> Claims:
     """What a caption claims; NunchakuError where it names no thing of this world."""
     text = " ".join(caption.lower().split())

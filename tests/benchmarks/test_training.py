@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -121,20 +122,37 @@ def test_tokenizers_survive_saving(tmp_path: Path):
 def test_what_the_encoders_are_asked():
     sentence = "a large striped red circle to the left of a blue star on a fading gray background"
     key = text.Key([sentence], captions.tokens([sentence]))
-    things, ground = key.where["t5"]
+    things, ends, ground = key.where["t5"]
     assert things.tolist() == [[4, 11, -1]] and ground.tolist() == [16]
-    assert key.where["clip"][0].tolist() == [[5, 12, -1]]  # after the start token
+    assert ends.tolist() == [[8, 11, -1]]  # the first is "of": then the relation has been said
+    assert [part.tolist() for part in key.where["clip"][:2]] == [[[5, 12, -1]], [[9, 12, -1]]]  # after the start token
     circle, star = captions.claimed(read(sentence))
     assert circle == [1 + SHAPES.index("circle"), 1 + COLOURS.index("red"), 2, 2, 0, 1]
     assert star == [1 + SHAPES.index("star"), 1 + COLOURS.index("blue"), 0, 0, 0, 2]
     assert key.pairs.sum() == 2 and key.ground.tolist() == [[3, 2]]
 
 
+def test_the_last_word_of_a_thing():
+    sentence = "A red circle at the top left, a small blue star and a cyan ring on the right on a gray background"
+    words = re.findall(r"\w+|,", sentence)
+    assert [words[end] for end in text.phrase_ends(sentence)] == ["left", "star", "right"]
+    chance = random.Random(3)
+    for sentence in (describe(draw(chance), chance) for _ in range(300)):
+        key = text.Key([sentence], captions.tokens([sentence]))
+        for kind, (nouns, ends, _) in key.where.items():
+            tokens = getattr(captions.tokens([sentence]), kind)
+            assert ((ends >= nouns) & (ends < (tokens != tokens[0, -1]).sum())).all()
+
+
 def test_maps_say_what_is_where():
     thing = Thing("star", "blue", "dotted", "small", 16.0, 48.0, 8.0, 0.0)
-    empty, one = layout.maps([Scene((), "black", "plain"), Scene((thing,), "black", "plain")])
+    found = layout.maps([Scene((), "black", "plain"), Scene((thing,), "black", "plain")])
+    empty, one = found.kinds
     grid = one[0].reshape(8, 8)
-    assert not empty.any()
+    assert not empty.any() and not found.geometry[0].any() and not found.geometry[1][:, one[0] == 0].any()
+    right, down = found.geometry[1].reshape(4, 8, 8)[:2]
+    assert right[5, 1] == right[6, 1] == 0.8 and right[5, 2] == -0.8  # of 5 pixels, from the middle of the cell
+    assert down[5, 1] == 0.8 and down[6, 2] == -0.8
     assert grid[5:7, 1:3].unique().tolist() == [1 + SHAPES.index("star")]
     assert not grid[:4].any() and not grid[:, 4:].any()
     assert one[1].max() == 1 + COLOURS.index("blue")
@@ -144,18 +162,20 @@ def test_maps_say_what_is_where():
 def test_each_state_answers_for_its_cells(side: int):
     """A head that copies what a state says of its own cells puts every answer where the map has it."""
     listened = nn.Identity()
-    cells, answers = layout.CELLS // side, sum(layout.ANSWERS)
+    cells, answers = layout.CELLS // side, sum(layout.ANSWERS) + 4
     question = layout.Question(cells ** 2 * answers, listened, side)
     with torch.no_grad():
         question.head.weight.copy_(torch.eye(cells ** 2 * answers))
         question.head.bias.zero_()
     thing = Thing("star", "blue", "dotted", "small", 20.0, 48.0, 8.0, 0.0)
     wanted = layout.maps([Scene((thing,), "black", "plain")])
-    said = torch.cat([F.one_hot(part.long(), count) for part, count in zip(wanted[0], layout.ANSWERS, strict=True)], 1)
+    kinds = [100.0 * F.one_hot(part.long(), count)
+             for part, count in zip(wanted.kinds[0], layout.ANSWERS, strict=True)]
+    said = torch.cat([*kinds, wanted.geometry[0].T], 1)
     grid = said.reshape(side, cells, side, cells, answers).transpose(1, 2)  # rows and columns of states, then of cells
-    listened(100.0 * grid.reshape(1, side ** 2, -1))
+    listened(grid.reshape(1, side ** 2, -1))
     assert question.loss(wanted) < 1e-6
-    listened(100.0 * grid.flip(1).reshape(1, side ** 2, -1))
+    listened(grid.flip(1).reshape(1, side ** 2, -1))
     assert question.loss(wanted) > 1
 
 
@@ -249,7 +269,7 @@ def test_packing_is_the_pipelines():
 @pytest.mark.parametrize("model", ["flux", "sdxl"])
 def test_a_step_of_each_denoiser_lowers_its_loss(model: str):
     torch.manual_seed(0)
-    encoders = text.encoders()
+    encoders = text.encoders(model)
     chance = random.Random(0)
     scenes = [draw(chance) for _ in range(4)]
     from benchmarks.training.latents import Examples
