@@ -28,11 +28,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_call(folder: Path) -> dict[str, Any]:
     """The arguments that a pipeline's folder recommends; none, if it says nothing of them."""
     path = folder / CALL
-    call = read_json(path) if path.is_file() else {}
+    return checked_call(read_json(path), str(path)) if path.is_file() else {}
+
+
+def checked_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """`call`, read from a file: a value that no pipeline can take is refused in a sentence."""
     for name, value in call.items():
         expected = _missed(name, value)
         if expected:
-            raise NunchakuError(f"{path}: {name}: expected {expected}, got {json.dumps(value)}")
+            raise NunchakuError(f"{where}: {name}: expected {expected}, got {json.dumps(value)}")
     return call
 
 

@@ -213,7 +213,9 @@ def test_mistakes_of_quantize(name: str, pipeline: Path, tmp_path: Path, refuses
 
 
 def test_bad_prompts_are_refused(pipeline: Path, tmp_path: Path, refuses):
-    for text, expected in (("\n \n", "holds no prompts"), ("a cat\n{cat}\n", "line 2: starts like JSON")):
+    for text, expected in (("\n \n", "holds no prompts"), ("a cat\n{cat}\n", "line 2: starts like JSON"),
+                           ('{"prompt": 3}', "line 1: prompt: expected a text, got 3"),
+                           ('{"prompt": "a cat", "height": "tall"}', "height: expected a whole number above 0")):
         (tmp_path / "prompts.txt").write_text(text)
         assert expected in refuses("quantize", pipeline, tmp_path / "o", "--prompts", tmp_path / "prompts.txt")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NunchakuError
-from ..folders import DENOISERS
+from ..folders import DENOISERS, checked_call
 from .arguments import LARGEST_SEED, whole
 from .output import Output
 from .sources import (
@@ -158,9 +158,10 @@ def _prompt(line: str, where: str, usual: dict[str, Any]) -> str | dict[str, Any
     if not line.startswith("{"):
         return {**usual, "prompt": line} if usual else line
     try:
-        return {**usual, **json.loads(line)}
+        said = json.loads(line)
     except ValueError as error:
         raise NunchakuError(f"{where}: starts like JSON but is none: {error}") from error
+    return {**usual, **checked_call(said, where)}
 
 
 def _settings(args: argparse.Namespace, wanted: Wanted) -> str:
