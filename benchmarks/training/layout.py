@@ -19,7 +19,7 @@ CELLS = 8
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES}
 ANSWERS = [1 + len(values) for values in ATTRIBUTES.values()]
 # Ways right and down to the centre, radius, angle: what is usual, and how far they are from it.
-USUAL, SPREAD = (torch.tensor(values)[:, None] for values in ((0.0, 0.0, 10.5, 0.0), (5.0, 5.0, 2.5, 0.125)))
+USUAL, SPREAD = (0.0, 0.0, 10.5, 0.0), (5.0, 5.0, 2.5, 0.125)
 COVERED = 4.0  # how much more a cell with a thing in it counts than an empty one
 
 
@@ -40,6 +40,7 @@ def maps(scenes: list[Scene]) -> Maps:
     y, x = (part.reshape(-1) for part in torch.meshgrid(middle, middle, indexing="ij"))
     kinds = torch.zeros(len(scenes), len(ATTRIBUTES), CELLS * CELLS, dtype=torch.uint8)
     geometry = torch.zeros(len(scenes), len(USUAL), CELLS * CELLS)
+    usual, spread = torch.tensor(USUAL)[:, None], torch.tensor(SPREAD)[:, None]
     for slot in range(max(len(scene.things) for scene in scenes)):
         rows = [i for i, scene in enumerate(scenes) if len(scene.things) > slot]
         things = [scenes[i].things[slot] for i in rows]
@@ -50,7 +51,7 @@ def maps(scenes: list[Scene]) -> Maps:
                                for thing in things], dtype=torch.uint8)
         kinds[rows] = torch.where(inside, values[:, :, None], kinds[rows])
         found = torch.stack([right, down, *(at[:, i].expand_as(right) for i in (2, 3))], 1)
-        geometry[rows] = torch.where(inside, (found - USUAL) / SPREAD, geometry[rows])
+        geometry[rows] = torch.where(inside, (found - usual) / spread, geometry[rows])
     return Maps(kinds, geometry)
 
 
