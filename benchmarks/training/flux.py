@@ -24,7 +24,7 @@ NEIGHBOURS = (((0, 1), (0, -1)), ((1, 0), (-1, 0)), ((1, 1), (-1, -1)))
 NEAR, LOOK = 3, 2.0
 PASSED = 0.4  # part of the noisy latents that is the first answer
 WHERE = 0.4  # weight of the second question
-EVEN, NOISIER = 0.2, 0.4  # a part of the times is drawn evenly; the others logit-normal, where the layout is decided
+EVEN, NOISIER = 0.2, 0.7  # a part of the times is drawn evenly; the others logit-normal, where the layout is decided
 
 
 def transformer() -> nn.Module:

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import string
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 from torch import nn
@@ -11,7 +14,7 @@ from nunchaku_py.demo import scenes
 TOKENS = 32
 EXTRA_WORDS = ("in", "neon", "sketch", "style")  # for LoRAs: no caption of the base models has them
 T5_WIDTH, CLIP_WIDTH, WIDE_CLIP_WIDTH = 128, 64, 128
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def words() -> list[str]:
@@ -39,25 +42,36 @@ def t5_tokenizer() -> Any:
 
 def clip_tokenizer() -> Any:
     """Byte pairs, merged until every word of the grammar is one token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    alphabet = list(string.ascii_lowercase + string.digits + ".,'-")
-    learner.train_from_iterator([" ".join(words()), " ".join(alphabet)], trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False))
-    vocabulary, merges = _vocabulary_and_merges(learner)
-    for token in (START, END):
-        vocabulary[token] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    alphabet = sorted(string.ascii_lowercase + string.digits + ".,'-")
+    merges = byte_pairs(words())
+    tokens = [*alphabet, *(letter + WORD_END for letter in alphabet), *map("".join, merges), START, END]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
 
 
-def _vocabulary_and_merges(learner: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    import json
+def byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges that make one token of every word: always of the commonest pair, of equals the first in the alphabet.
 
-    model = json.loads(learner.to_str())["model"]
-    return dict(model["vocab"]), [tuple(pair) for pair in model["merges"]]
+    Not by the tokenizers package: it numbers tokens anew in every call, and models would read other words than they
+    learned."""
+    parts = [(*word[:-1], word[-1] + WORD_END) for word in words]
+    merges = []
+    while pairs := Counter(chain.from_iterable(map(pairwise, parts))):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        parts = [_merged(word, best) for word in parts]
+    return merges
+
+
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for symbol in word:
+        if found and (found[-1], symbol) == pair:
+            found[-1] += symbol
+        else:
+            found.append(symbol)
+    return tuple(found)
 
 
 def t5_encoder() -> nn.Module:

@@ -152,17 +152,23 @@ def _sentence(scene: Scene, chance: random.Random) -> str:
     for i, place in enumerate(scene.places):
         if chance.random() < (0.8 if len(phrases) == 1 else 0.35):
             phrases[i] += f" {place}"
-    if len(phrases) == 2:
-        related = scene.relation if chance.random() < 0.7 else "and"
-        things = f"{phrases[0]} {related} {phrases[1]}"
+    if len(phrases) == 2 and chance.random() < 0.7:
+        things = f"{phrases[0]} {scene.relation} {phrases[1]}"
     else:
-        things = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+        first = sorted(range(len(phrases)), key=lambda i: _reading_order(scene.things[i]))
+        *phrases, last = (phrases[i] for i in first)
+        things = " and ".join(filter(None, (", ".join(phrases), last)))
     opening = chance.choice(_OPENINGS)
     if chance.random() < 0.1:
         return opening + things
     kind = "" if scene.backdrop == "plain" else f"{scene.backdrop} "
     ground = f"on a {kind}{scene.background} background"
     return f"{ground}, {things}" if chance.random() < 0.2 else f"{opening}{things} {ground}"
+
+
+def _reading_order(thing: Thing) -> float:
+    """As people name what they see: the upper first, then the left."""
+    return 2 * thing.y + thing.x
 
 
 def _phrase(thing: Thing, chance: random.Random) -> str:

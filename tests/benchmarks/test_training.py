@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.training import captions, data, flux, layout, loop, lora, muon, sdxl, text, text_models, vae
+from nunchaku_py.demo import shipped
 from nunchaku_py.demo.scenes import COLOURS, SHAPES, Scene, Thing, describe, draw, read
 
 PLAN = loop.Plan(steps=12, batch=4, rate=1e-2, warmup=3)
@@ -100,6 +101,25 @@ def test_every_word_is_one_token():
     for word in text_models.FIRST_WORDS:
         assert len(t5(word).input_ids) == 2
     assert clip("A Red circle").input_ids == clip("a red circle").input_ids
+
+
+@pytest.mark.parametrize("make", [text_models.t5_tokenizer, text_models.clip_tokenizer])
+def test_words_have_the_same_numbers_every_time(make):
+    assert make().get_vocab() == make().get_vocab()
+
+
+def test_merges_are_of_the_commonest_pair_and_make_whole_words():
+    wanted = [("e", "d</w>"), ("b", "e</w>"), ("b", "ed</w>"), ("r", "ed</w>")]
+    assert text_models.byte_pairs(["red", "bed", "be"]) == wanted
+
+
+def test_shipped_tokenizers_number_words_as_in_training():
+    for name, kind, made in (("tiny-flux", "tokenizer", text_models.clip_tokenizer),
+                             ("tiny-flux", "tokenizer_2", text_models.t5_tokenizer),
+                             ("tiny-sdxl", "tokenizer", text_models.clip_tokenizer),
+                             ("tiny-sdxl", "tokenizer_2", text_models.clip_tokenizer)):
+        tokenizer = type(made()).from_pretrained(shipped.WEIGHTS / name / kind)
+        assert tokenizer.get_vocab() == made().get_vocab(), (name, kind)
 
 
 def test_no_caption_is_cut():
