@@ -104,7 +104,8 @@ def run(command: list[str]) -> str:
 def nvcc_command(nvcc: str, source: Path, output: Path, targets: tuple[str, ...], threads: int = 0) -> list[str]:
     host = ["/MD", "/EHsc"] if os.name == "nt" else ["-fPIC", "-fvisibility=hidden"]
     return [
-        *(nvcc, "-c", str(source), "-o", str(output), "-std=c++20", "-O3", f"--threads={threads}"),
+        *(nvcc, "-c", str(source), "-o", str(output), f"-I{ROOT / 'csrc'}", f"--threads={threads}"),
+        *("-std=c++20", "-O3", "-fmad=false"),  # kernels write fmaf where they mean it: hosts round the same then
         *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
         *(part for option in host for part in ("-Xcompiler", option)),
     ]

@@ -1,0 +1,114 @@
+// Conversions, to nearest even. T is bf16 or f16. In a pair, the first value is in the low half of the register.
+#pragma once
+#include <type_traits>
+
+#include "cuda/common/platform.cuh"
+#include "cuda/common/types.cuh"
+
+namespace nunchaku_py::cuda {
+
+// ---- to float -------------------------------------------------------------------------------------------------------
+DEVICE float cvt_f32(int v) {
+  return float(v);
+}
+DEVICE float cvt_f32(bf16 v) {
+  return __builtin_bit_cast(float, uint32_t(v) << 16);
+}
+DEVICE float cvt_f32(f16 v) {
+#ifndef __CUDACC__
+  return simt::f16_value(uint32_t(v));
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(uint16_t(v)));
+  return f;
+#endif
+}
+
+template <class T>
+DEVICE void cvt_f32x2(float (&to)[2], uint32_t pair) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    to[0] = __builtin_bit_cast(float, pair << 16);
+    to[1] = __builtin_bit_cast(float, pair & 0xffff0000u);
+  } else {
+    static_assert(std::is_same_v<T, f16>, "a pair is of bf16 or of f16");
+    to[0] = cvt_f32(f16(uint16_t(pair)));
+    to[1] = cvt_f32(f16(uint16_t(pair >> 16)));
+  }
+}
+
+// ---- to 16 bits: beyond the largest number comes infinity, NaN is 0x7fff --------------------------------------------
+DEVICE bf16 cvt_bf16(float v) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+  return bf16(bits);
+#else  // sm_75 has no such instruction either
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
+  return v != v ? bf16(0x7fff) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#endif
+}
+
+DEVICE f16 cvt_f16(float v) {
+#ifndef __CUDACC__
+  return f16(simt::f16_bits(v));
+#else
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+  return f16(bits);
+#endif
+}
+
+DEVICE uint32_t cvt_bf16x2(float low, float high) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return uint32_t(cvt_bf16(low)) | uint32_t(cvt_bf16(high)) << 16;
+#endif
+}
+
+DEVICE uint32_t cvt_f16x2(float low, float high) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return uint32_t(cvt_f16(low)) | uint32_t(cvt_f16(high)) << 16;
+#endif
+}
+
+template <class T>
+DEVICE T cvt_16bit(float v) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return cvt_bf16(v);
+  else
+    return cvt_f16(v);
+}
+
+template <class T>
+DEVICE uint32_t cvt_16bitx2(float low, float high) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return cvt_bf16x2(low, high);
+  else
+    return cvt_f16x2(low, high);
+}
+
+// ---- to 4 bits ------------------------------------------------------------------------------------------------------
+// Two e2m1 in a byte; beyond 6 comes 6, and so for NaN.
+DEVICE uint32_t cvt_e2m1x2(float low, float high) {
+#if __CUDA_ARCH_SPECIFIC__ >= 1000 || __CUDA_ARCH_FAMILY_SPECIFIC__ >= 1000
+  uint32_t pair;
+  asm("{ .reg .b8 p; cvt.rn.satfinite.e2m1x2.f32 p, %1, %2; cvt.u32.u8 %0, p; }" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  const auto one = [](float v) -> uint32_t {
+    const float x = v < 0 ? -v : v;
+    const uint32_t code = (x > .25f) + (x >= .75f) + (x > 1.25f) + (x >= 1.75f) + (x > 2.5f) + (x >= 3.5f) + (x > 5.f);
+    return v != v ? 7 : code | (__builtin_bit_cast(uint32_t, v) >> 28 & 8);
+  };
+  return one(low) | one(high) << 4;
+#endif
+}
+
+}  // namespace nunchaku_py::cuda

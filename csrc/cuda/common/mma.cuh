@@ -1,0 +1,196 @@
+// mma.sync, C += A·B: a warp multiplies 16 (or 8) rows of A with 8 columns of B. With lane = 4·g + t and E elements in
+// a register, the fragments of one lane are
+//   A register r: row g + 8·(r % 2), columns E·t + 4·E·(r / 2) and up     (with 8 rows, A is one register)
+//   B register r: column g, rows E·t + 4·E·r and up
+//   C register r: row g + 8·(r / 2), column 2·t + r % 2
+// Integer sums wrap around; how float sums round inside PTX leaves open. The `_from` forms start from one number
+// instead of C: what would cost a move per register costs nothing.
+#pragma once
+#include <type_traits>
+
+#include "cuda/common/platform.cuh"
+#include "cuda/common/types.cuh"
+
+namespace nunchaku_py::cuda {
+
+// The operands of an instruction, named by how many registers A, B and C have.
+#ifdef __CUDACC__
+#define MMA_112(kind)                                                      \
+  asm volatile("mma.sync.aligned." kind " {%0, %1}, {%2}, {%3}, {%0, %1};" \
+               : "+r"(c[0]), "+r"(c[1])                                    \
+               : "r"(a[0]), "r"(b[0]))
+#define MMA_112_FROM(kind)                                                 \
+  asm volatile("mma.sync.aligned." kind " {%0, %1}, {%2}, {%3}, {%4, %4};" \
+               : "=r"(d[0]), "=r"(d[1])                                    \
+               : "r"(a[0]), "r"(b[0]), "r"(start))
+#define MMA_214(kind)                                                                          \
+  asm volatile("mma.sync.aligned." kind " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                \
+               : "r"(a[0]), "r"(a[1]), "r"(b[0]))
+#define MMA_424(kind, type)                                                                                \
+  asm volatile("mma.sync.aligned." kind " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+" type(c[0]), "+" type(c[1]), "+" type(c[2]), "+" type(c[3])                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define MMA_424_FROM(kind)                                                                                     \
+  asm volatile("mma.sync.aligned." kind " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};" \
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(start))
+#endif
+
+// ---- 4-bit integers, s32 sums: native on sm_80, 86 and 89 (m8n8k32 also on sm_75), elsewhere many instructions -----
+DEVICE void mma_m8n8k32_s4(int (&c)[2], const uint32_t (&a)[1], const uint32_t (&b)[1]) {
+#ifndef __CUDACC__
+  simt::mma<8, 32, 4>("mma_m8n8k32_s4", c, a, b, simt::s4, simt::s4);
+#else
+  MMA_112("m8n8k32.row.col.s32.s4.s4.s32");
+#endif
+}
+
+DEVICE void mma_m8n8k32_s4_from(int (&d)[2], const uint32_t (&a)[1], const uint32_t (&b)[1], int start) {
+#ifndef __CUDACC__
+  simt::mma_from<8, 32, 4>("mma_m8n8k32_s4_from", d, a, b, simt::s4, simt::s4, start);
+#else
+  MMA_112_FROM("m8n8k32.row.col.s32.s4.s4.s32");
+#endif
+}
+
+DEVICE void mma_m8n8k32_u4s4(int (&c)[2], const uint32_t (&a)[1], const uint32_t (&b)[1]) {
+#ifndef __CUDACC__
+  simt::mma<8, 32, 4>("mma_m8n8k32_u4s4", c, a, b, simt::u4, simt::s4);
+#else
+  MMA_112("m8n8k32.row.col.s32.u4.s4.s32");
+#endif
+}
+
+DEVICE void mma_m8n8k32_u4s4_from(int (&d)[2], const uint32_t (&a)[1], const uint32_t (&b)[1], int start) {
+#ifndef __CUDACC__
+  simt::mma_from<8, 32, 4>("mma_m8n8k32_u4s4_from", d, a, b, simt::u4, simt::s4, start);
+#else
+  MMA_112_FROM("m8n8k32.row.col.s32.u4.s4.s32");
+#endif
+}
+
+template <int SM = TARGET>
+DEVICE void mma_m16n8k64_s4(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(SM >= 80, "mma_m16n8k64_s4 needs sm_80");
+#ifndef __CUDACC__
+  simt::mma<16, 64, 4>("mma_m16n8k64_s4", c, a, b, simt::s4, simt::s4);
+#else
+  MMA_424("m16n8k64.row.col.s32.s4.s4.s32", "r");
+#endif
+}
+
+template <int SM = TARGET>
+DEVICE void mma_m16n8k64_s4_from(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int start) {
+  static_assert(SM >= 80, "mma_m16n8k64_s4_from needs sm_80");
+#ifndef __CUDACC__
+  simt::mma_from<16, 64, 4>("mma_m16n8k64_s4_from", d, a, b, simt::s4, simt::s4, start);
+#else
+  MMA_424_FROM("m16n8k64.row.col.s32.s4.s4.s32");
+#endif
+}
+
+template <int SM = TARGET>
+DEVICE void mma_m16n8k64_u4s4(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(SM >= 80, "mma_m16n8k64_u4s4 needs sm_80");
+#ifndef __CUDACC__
+  simt::mma<16, 64, 4>("mma_m16n8k64_u4s4", c, a, b, simt::u4, simt::s4);
+#else
+  MMA_424("m16n8k64.row.col.s32.u4.s4.s32", "r");
+#endif
+}
+
+template <int SM = TARGET>
+DEVICE void mma_m16n8k64_u4s4_from(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int start) {
+  static_assert(SM >= 80, "mma_m16n8k64_u4s4_from needs sm_80");
+#ifndef __CUDACC__
+  simt::mma_from<16, 64, 4>("mma_m16n8k64_u4s4_from", d, a, b, simt::u4, simt::s4, start);
+#else
+  MMA_424_FROM("m16n8k64.row.col.s32.u4.s4.s32");
+#endif
+}
+
+// ---- 8-bit integers, s32 sums ---------------------------------------------------------------------------------------
+DEVICE void mma_m8n8k16_s8(int (&c)[2], const uint32_t (&a)[1], const uint32_t (&b)[1]) {
+#ifndef __CUDACC__
+  simt::mma<8, 16, 8>("mma_m8n8k16_s8", c, a, b, simt::s8, simt::s8);
+#else
+  MMA_112("m8n8k16.row.col.s32.s8.s8.s32");
+#endif
+}
+
+template <int SM = TARGET>
+DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(SM >= 80, "mma_m16n8k32_s8 needs sm_80");
+#ifndef __CUDACC__
+  simt::mma<16, 32, 8>("mma_m16n8k32_s8", c, a, b, simt::s8, simt::s8);
+#else
+  MMA_424("m16n8k32.row.col.s32.s8.s8.s32", "r");
+#endif
+}
+
+// ---- 16-bit floats, float sums --------------------------------------------------------------------------------------
+DEVICE void mma_m16n8k8_f16(float (&c)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+#ifndef __CUDACC__
+  simt::mma<16, 8, 16>("mma_m16n8k8_f16", c, a, b, simt::f16_value, simt::f16_value);
+#else
+  MMA_214("m16n8k8.row.col.f32.f16.f16.f32");
+#endif
+}
+
+template <int SM = TARGET>
+DEVICE void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(SM >= 80, "mma_m16n8k16_f16 needs sm_80");
+#ifndef __CUDACC__
+  simt::mma<16, 16, 16>("mma_m16n8k16_f16", c, a, b, simt::f16_value, simt::f16_value);
+#else
+  MMA_424("m16n8k16.row.col.f32.f16.f16.f32", "f");
+#endif
+}
+
+template <int SM = TARGET>
+DEVICE void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(SM >= 80, "mma_m16n8k16_bf16 needs sm_80");
+#ifndef __CUDACC__
+  simt::mma<16, 16, 16>("mma_m16n8k16_bf16", c, a, b, simt::bf16_value, simt::bf16_value);
+#else
+  MMA_424("m16n8k16.row.col.f32.bf16.bf16.f32", "f");
+#endif
+}
+
+template <class T, int SM = TARGET>
+DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, bf16>)
+    mma_m16n8k16_bf16<SM>(c, a, b);
+  else
+    mma_m16n8k16_f16<SM>(c, a, b);
+}
+
+// ---- NVFP4, float sums: sm_120a and sm_121a -------------------------------------------------------------------------
+// e2m1, each 16 columns of A and rows of B times a ue4m3 scale, four scales to a register, the lowest byte for the
+// first 16. Lane 4·g has those of row g of A, lane 4·g + 1 those of row g + 8; lane 4·g those of column g of B. Others
+// are not read.
+template <int SM = TARGET>
+DEVICE void mma_m16n8k64_nvf4(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a,
+                              uint32_t scale_b) {
+  static_assert(SM >= 120, "mma_m16n8k64_nvf4 needs sm_120a");
+#ifndef __CUDACC__
+  simt::mma_nvf4("mma_m16n8k64_nvf4", c, a, b, scale_a, scale_b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {0, 0}, {%11}, {0, 0};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(scale_a), "r"(scale_b));
+#endif
+}
+
+#ifdef __CUDACC__
+#undef MMA_112
+#undef MMA_112_FROM
+#undef MMA_214
+#undef MMA_424
+#undef MMA_424_FROM
+#endif
+
+}  // namespace nunchaku_py::cuda

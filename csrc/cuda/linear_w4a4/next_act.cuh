@@ -1,0 +1,174 @@
+// The epilogues that end in the next linear's input: z = activation(y), or value·activation(gate), quantized, with the
+// next linear's h = z·next_downᵀ. The 16-bit z never reaches memory.
+//
+// A block goes over neighbouring tiles of the same rows and adds up its part of h; the blocks' parts are summed in
+// their order by a kernel of its own (sum_hidden). No atomics: the same bits every time.
+#pragma once
+#include "cuda/linear_w4a4/kernel_sm80.cuh"
+#include "cuda/quantize_act/codes.cuh"
+
+namespace nunchaku_py::cuda {
+
+enum class Activation { none, gelu_tanh, gelu, silu };
+
+DEVICE float activate(float v, Activation kind) {
+  switch (kind) {
+    case Activation::gelu_tanh:
+      return 0.5f * v * (1.f + tanhf(0.7978845608f * fmaf(0.044715f * v * v, v, v)));
+    case Activation::gelu:
+      return 0.5f * v * (1.f + erff(v * 0.7071067812f));
+    case Activation::silu:
+      return v / (1.f + expf(-v));
+    default:
+      return v;
+  }
+}
+
+// How z is quantized, and where that goes.
+template <class T>
+struct NextAct {
+  uint8_t* qx;              // (M, width/2)
+  T* sx;                    // (G, scale_rows(M))
+  const float* inv_smooth;  // (width)
+  const T* down;            // (R, width)
+  float* parts;             // (blocks of columns, M, R): what sum_hidden makes h of
+  float shift;
+  int M, width, R;  // of z; R a multiple of 8
+  bool is_unsigned;
+};
+
+// Four neighbours of z, of which sixteen threads hold a group: codes and scale as quantize_act makes them.
+template <class T>
+DEVICE void quantize_four(const NextAct<T>& to, const float (&z)[VECTOR], Cell at) {
+  float x[VECTOR] = {};
+  if (at.inside) {
+    const float4 by = ldg<float4>(to.inv_smooth + at.column);
+    x[0] = (z[0] + to.shift) * by.x, x[1] = (z[1] + to.shift) * by.y;
+    x[2] = (z[2] + to.shift) * by.z, x[3] = (z[3] + to.shift) * by.w;
+  }
+  const float top = group_top<16>(x, to.is_unsigned);
+  if (!at.inside) return;
+  const T stored = round_scale<T>(top / (to.is_unsigned ? 15.f : 7.f));
+  stg(to.qx + size_t(at.row) * (to.width / 2) + at.column / 2, uint16_t(codes_of(x, cvt_f32(stored), to.is_unsigned)));
+  if (at.column % GROUP == 0) stg(to.sx + size_t(at.column / GROUP) * scale_rows(to.M) + scale_of_row(at.row), stored);
+}
+
+// ---- h
+// ------------------------------------------------------------------------------------------------------------------ A
+// slab of z in 16 bit, beside the slab of floats.
+template <class Tile, class T>
+struct Hidden {
+  static constexpr int PITCH = Tile::BN + 8;  // ldmatrix meets no bank twice
+  alignas(16) T z[Slab<Tile>::ROWS * PITCH];
+};
+
+template <class T>
+DEVICE void load_sums(float (&to)[4], const float* row, const float* later, bool inside, bool and_later) {
+  const float2 one = inside ? ldg<float2>(row) : float2{}, two = and_later ? ldg<float2>(later) : float2{};
+  to[0] = one.x, to[1] = one.y, to[2] = two.x, to[3] = two.y;
+}
+
+// This block's part of h grows by a slab's z·downᵀ, WIDTH columns of z from `column` on. Each warp takes every WARPS-th
+// piece of sixteen rows and eight ranks.
+template <int WIDTH, class Tile, class T>
+DEVICE void add_hidden(const Hidden<Tile, T>& slab, const NextAct<T>& next, float* part, int m, int column, bool first,
+                       const Place<Tile>& at) {
+  constexpr int PIECES = Slab<Tile>::ROWS / 16, PITCH = Hidden<Tile, T>::PITCH;
+  for (int i = at.warp; i < PIECES * (next.R / 8); i += Tile::WARPS) {
+    const int rows = i % PIECES * 16, rank = i / PIECES * 8;
+    float h[4] = {};
+    float* to[2];
+    bool inside[2];
+    for (int j = 0; j < 2; ++j) {
+      const int row = at.m0 + row_of_slab<Tile>(m, rows + at.g + j * 8);
+      inside[j] = row < next.M;
+      to[j] = part + size_t(inside[j] ? row : 0) * next.R + rank + at.t * 2;
+    }
+    if (!first) load_sums<T>(h, to[0], to[1], inside[0], inside[1]);
+    const T* down = next.down + size_t(rank + at.g) * next.width + column + at.t * 2;
+#pragma unroll
+    for (int k = 0; k < WIDTH; k += 16) {
+      uint32_t z[4];
+      ldmatrix_x4(z, slab.z + (rows + at.lane % 16) * PITCH + k + at.lane / 16 * 8);
+      const bool there = column + k < next.width;
+      const uint32_t by[2] = {there ? ldg<uint32_t>(down + k) : 0, there ? ldg<uint32_t>(down + k + 8) : 0};
+      mma_m16n8k16<T>(h, z, by);
+    }
+    for (int j = 0; j < 2; ++j)
+      if (inside[j]) stg(to[j], float2{h[j * 2], h[j * 2 + 1]});
+  }
+}
+
+// h = the parts, added in their order.
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS) sum_hidden_kernel(const float* parts, int count, float* h, int size) {
+  const int i = blockIdx.x * THREADS + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0;
+  for (int part = 0; part < count; ++part) sum += ldg<float>(parts + size_t(part) * size + i);
+  stg(h + i, sum);
+}
+
+// ---- z
+// ------------------------------------------------------------------------------------------------------------------ z
+// = activation(y): a tile of y gives as many columns of z.
+template <class Tile>
+struct Plain {
+  static constexpr int WIDTH = Tile::BN;  // columns of z
+  Activation activation;
+  DEVICE void operator()(float (&z)[VECTOR]) const {
+    for (float& v : z) v = activate(v, activation);
+  }
+};
+
+// z = value·activation(gate): a tile of y is 64 columns of one and 64 of the other, which half the threads hold each.
+template <class Tile>
+struct Gated {
+  static constexpr int WIDTH = Tile::BN / 2;
+  static_assert(Tile::BN == 2 * GROUP, "value and gate are a group each");
+  Activation activation;
+  bool gate_first;
+  DEVICE void operator()(float (&z)[VECTOR]) const {
+    const bool has_gate = (threadIdx.x % 32 >= 16) != gate_first;
+    for (float& v : z) {
+      const float other = shfl_xor(v, 16);
+      v = has_gate ? other * activate(v, activation) : v * activate(other, activation);
+    }
+  }
+};
+
+// ---- the kernel
+// --------------------------------------------------------------------------------------------------------- Block (x,
+// y) takes rows x·BM … and every one of `tiles` neighbouring tiles from y·tiles on.
+template <class Tile, bool UNSIGNED, class T, class Z>
+__global__ void __launch_bounds__(Tile::THREADS)
+    linear_w4a4_next_kernel(Linear<T> p, NextAct<T> next, Z make, int tiles) {
+  SHARED_DYNAMIC(shared);
+  auto& slab = *reinterpret_cast<Slab<Tile>*>(shared);
+  auto& hidden = *reinterpret_cast<Hidden<Tile, T>*>(shared + stages_bytes<Tile>());
+  float* const part = next.parts + size_t(blockIdx.y) * next.M * next.R;
+  const int begin = blockIdx.y * tiles;
+  for (int tile = begin; tile < begin + tiles && tile * Z::WIDTH < next.width; ++tile) {
+    const Place<Tile> at{int(blockIdx.x) * Tile::BM, tile * Z::WIDTH, p.in.jump};
+    Sums<Tile> acc = {};
+    __syncthreads();  // what the last tile left in shared memory is read
+    compute<UNSIGNED, Tile>(acc, shared, p, at);
+    const auto visit = [&](float(&z)[VECTOR], int i, int row, int column) {
+      const int of_z = tile * Z::WIDTH + column;
+      const Cell cell = {at.m0 + row, of_z, at.m0 + row < next.M && column < Z::WIDTH && of_z < next.width};
+      if (at.channel(column) < p.in.N) add_bias(z, p.bias + at.channel(column));
+      make(z);
+      const uint2 rounded = {cvt_16bitx2<T>(z[0], z[1]), cvt_16bitx2<T>(z[2], z[3])};
+      from_16bit<T>(z, rounded);
+      sts(hidden.z + i * Hidden<Tile, T>::PITCH + column, rounded);
+      quantize_four(next, z, cell);
+    };
+    const auto visited = [&](int m) {
+      __syncthreads();
+      add_hidden<Z::WIDTH>(hidden, next, part, m, tile * Z::WIDTH, tile == begin, at);
+    };
+    visit_rows<Tile>(slab, acc, at, visit, visited);
+  }
+}
+
+}  // namespace nunchaku_py::cuda
