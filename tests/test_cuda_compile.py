@@ -59,19 +59,17 @@ def nvcc() -> str:
     return builder.find_nvcc() or pytest.skip("no nvcc to compile device code with")
 
 
-@pytest.fixture(scope="module")
-def probes(nvcc: str) -> Path:
-    """The probes compiled for all targets."""
-    targets = (f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS)
-    command = nvcc_command(nvcc, "-fatbin", *targets, str(ROOT / "tests/simt/probes.cu"))
-    return build.cached(command, "probes", ".fatbin")
+def compiled(nvcc: str, name: str, targets: tuple[str, ...]) -> Path:
+    """tests/simt/`name`.cu for all of these targets."""
+    codes = (f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets)
+    command = nvcc_command(nvcc, "-fatbin", *codes, str(ROOT / f"tests/simt/{name}.cu"))
+    return build.cached(command, name, ".fatbin")
 
 
-@pytest.fixture(scope="module")
-def instructions(nvcc: str, probes: Path) -> dict[tuple[str, str], Counter[str]]:
+def instructions_in(nvcc: str, binary: Path) -> dict[tuple[str, str], Counter[str]]:
     """(target, mangled name of a kernel) → how often it has which of the instructions looked for."""
     cuobjdump = find_cuobjdump(nvcc) or pytest.skip("no cuobjdump to read device code with")
-    listing = subprocess.run([cuobjdump, "-sass", str(probes)], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     target = kernel = ""
     for line in listing.splitlines():
@@ -85,6 +83,12 @@ def instructions(nvcc: str, probes: Path) -> dict[tuple[str, str], Counter[str]]
     return found
 
 
+@pytest.fixture(scope="module")
+def instructions(nvcc: str) -> dict[tuple[str, str], Counter[str]]:
+    """Of the probes."""
+    return instructions_in(nvcc, compiled(nvcc, "probes", TARGETS))
+
+
 def test_every_target_is_there(instructions: dict) -> None:
     assert {target for target, _ in instructions} >= set(TARGETS)
 
@@ -95,6 +99,18 @@ def test_wrapper_becomes_its_instruction(instructions: dict, probe: str, targets
     for target in targets:
         counts = [count for (of, kernel), count in instructions.items() if of == target and length in kernel]
         assert counts == [Counter(NATIVE[probe, targets])], target
+
+
+def test_kernels_are_made_of_native_instructions(nvcc: str) -> None:
+    """A warp's tile of 64 × 64 is 4 × 8 products for each group; there is no other way to multiply 4-bit integers."""
+    kernels = instructions_in(nvcc, compiled(nvcc, "kernels", ("80", "89")))
+    linears = {key: counts for key, counts in kernels.items() if "linear_w4a4" in key[1]}
+    assert len(linears) == 2 * 5 and sum("quantize_act_kernel" in kernel for _, kernel in kernels) == 2 * 2
+    for (target, kernel), counts in linears.items():
+        found = {name: count for name, count in counts.items() if name.startswith("IMMA")}
+        unsigned = "GateResidual" in kernel
+        assert found == {f"IMMA.16864.{'U4' if unsigned else 'S4'}.S4": 32}, (target, kernel)
+        assert any(name.startswith("LDGSTS.E.BYPASS.128") for name in counts), (target, kernel)
 
 
 def test_a_target_without_the_instruction_is_refused_in_a_sentence(nvcc: str, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nunchaku_py.ops import ActSpec, LinearSpec, linear_w4a4
-from tests.simt.layouts import CHANNEL_SCALES, TOKEN_SCALES
+from tests.simt.build import Call
+from tests.simt.layouts import of_channels, of_tokens
 
 KERNELS = ("large_int4_bfloat16", "large_uint4_float16", "small_int4_float16", "small_uint4_bfloat16")
 
@@ -19,12 +20,12 @@ def operands(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> tuple[Tensor
             torch.empty(0), torch.randn(m, r), torch.randn(n, r).to(dtype), torch.randn(n))
 
 
-def multiplied(library, name: str, args: tuple[Tensor, ...], k: int, **mode: bool) -> Tensor:
+def multiplied(library, name: str, args: tuple[Tensor, ...], k: int, **mode: bool) -> tuple[Tensor, Call]:
     qx, sx, qw, sw, _, h, up, bias = args
     y = torch.full((qx.shape[0], qw.shape[0]), float("nan"), dtype=up.dtype)
-    library.run(name, qx, TOKEN_SCALES.pack(TOKEN_SCALES.pad(sx)), qw, CHANNEL_SCALES.pack(CHANNEL_SCALES.pad(sw)),
+    counted = library.run(name, qx, of_tokens(sx), qw, of_channels(sw),
                 h, up, bias, y, *y.shape, k, h.shape[1], **mode)
-    return y
+    return y, counted
 
 
 def bound(want: Tensor, args: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
@@ -42,17 +43,13 @@ def test_linear(library, name: str, m: int, n: int, k: int, r: int, order: dict)
     _, act, dtype = name.split("_")
     args = operands(m, n, k, r, getattr(torch, dtype))
     spec = LinearSpec("int4", 64, k, ActSpec(act, 64))
-    got, want = multiplied(library, name, args, k, **order), linear_w4a4.reference(*args, spec)
+    (got, _), want = multiplied(library, name, args, k, **order), linear_w4a4.reference(*args, spec)
     off = (got.double() - want.double()).abs() / bound(want, args, spec)
     assert off.max() <= 1, f"{off.max():.2f} times the bound"
 
 
 def test_no_bank_conflicts_and_the_same_bits(library) -> None:
     args = operands(130, 144, 192, 48, torch.bfloat16)
-    first = multiplied(library, KERNELS[0], args, 192)
-    assert torch.equal(first, multiplied(library, KERNELS[0], args, 192, reverse=True))
-    y = torch.empty_like(first)
-    qx, sx, qw, sw, _, h, up, bias = args
-    counted = library.run(KERNELS[0], qx, TOKEN_SCALES.pack(TOKEN_SCALES.pad(sx)), qw,
-                          CHANNEL_SCALES.pack(CHANNEL_SCALES.pad(sw)), h, up, bias, y, 130, 144, 192, 48)
-    assert counted.ldmatrix_phases == counted.ldmatrix_matrices
+    first, counted = multiplied(library, KERNELS[0], args, 192)
+    assert torch.equal(first, multiplied(library, KERNELS[0], args, 192, reverse=True)[0])
+    assert counted.ldmatrix_phases == counted.ldmatrix_matrices > 0

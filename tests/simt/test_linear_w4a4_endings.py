@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nunchaku_py import ops
 from nunchaku_py.ops import ActSpec, LinearSpec
-from tests.simt.layouts import CHANNEL_SCALES, TOKEN_SCALES
+from tests.simt.layouts import empty_of_tokens, of_channels, of_tokens, tokens_in_rows
 
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "silu": 3}
 EPS = torch.finfo(torch.bfloat16).eps
@@ -24,7 +24,7 @@ def operands(m: int, n: int, k: int, r: int) -> tuple[Tensor, ...]:
 
 def common(args: tuple[Tensor, ...], k: int) -> tuple:
     qx, sx, qw, sw, _, h, up, bias = args
-    return (qx, TOKEN_SCALES.pack(TOKEN_SCALES.pad(sx)), qw, CHANNEL_SCALES.pack(CHANNEL_SCALES.pad(sw)), h, up, bias,
+    return (qx, of_tokens(sx), qw, of_channels(sw), h, up, bias,
             qx.shape[0], qw.shape[0], k, h.shape[1])
 
 
@@ -81,8 +81,7 @@ def test_next_act(library, gated: bool, activation: str, option: int, tiles: int
     inv_smooth, down = 0.5 + torch.rand(width), (torch.randn(ranks, width) / 4).bfloat16()
     shift = 0.171875 if option and not gated else 0.0
     act = ActSpec("uint4" if shift else "int4", 64, shift)
-    padded = -(-m // 64) * 64
-    qx, sx = torch.zeros(m, width // 2, dtype=torch.uint8), empty(width // 64, padded)
+    qx, sx = torch.zeros(m, width // 2, dtype=torch.uint8), empty_of_tokens(m, down, width)
     h = torch.full((m, ranks), float("nan"))
     library.run("glu_quantize" if gated else "gelu_quantize", *common(args, k), inv_smooth, down, qx, sx, h, width,
                 ranks, ACTIVATIONS[activation], option, shift, tiles)
@@ -90,4 +89,4 @@ def test_next_act(library, gated: bool, activation: str, option: int, tiles: int
                       next=act)
     op = ops.linear_w4a4_glu_quantize if gated else ops.linear_w4a4_gelu_quantize
     want = op.reference(*args, inv_smooth, down, spec)
-    assert_same_act((qx, TOKEN_SCALES.unpack(sx.reshape(-1), (padded, width // 64))[:m], h), want, width, act)
+    assert_same_act((qx, tokens_in_rows(sx, m), h), want, width, act)

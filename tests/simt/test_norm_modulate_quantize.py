@@ -6,7 +6,7 @@ import torch
 
 from nunchaku_py.ops import ActSpec, norm_modulate_quantize
 from nunchaku_py.ops.quantize_act import unpack
-from tests.simt.layouts import TOKEN_SCALES
+from tests.simt.layouts import empty_of_tokens, tokens_in_rows
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -20,14 +20,13 @@ def test_norm_modulate_quantize(library, norm, m, k, r, samples, mean, order) ->
     weight = (1 + torch.rand(k)).to(dtype)
     scale, shift = ((torch.randn(samples, k) / by).to(dtype) for by in (4, 1))
     inv_smooth, down = 0.5 + torch.rand(k), (torch.randn(r, k) / 4).to(dtype)
-    padded = -(-m // 64) * 64
     qx = torch.zeros(m, k // 2, dtype=torch.uint8)
-    sx = torch.full((k // 64, padded), float("nan"), dtype=dtype)
+    sx = empty_of_tokens(m, x, k)
     h = torch.full((m, r), float("nan"))
     library.run(norm, x, weight, scale, shift, inv_smooth, down, qx, sx, h, m, k, r, m // samples, 1e-6, **order)
     spec = ActSpec("int4", 64, norm=norm, eps=1e-6)
     want = norm_modulate_quantize.reference(x, weight, scale, shift, inv_smooth, down, spec)
-    sx = TOKEN_SCALES.unpack(sx.reshape(-1), (padded, k // 64))[:m]
+    sx = tokens_in_rows(sx, m)
     off = (unpack(qx, sx, k, spec.fmt)[0].int() - unpack(*want[:2], k, spec.fmt)[0].int()).abs()
     assert off.max() <= 1 and (off > 0).float().mean() < 0.01
     assert ((sx.double() - want[1].double()).abs() <= 2 * eps * want[1].double()).all()

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from nunchaku_py.ops import ActSpec, quantize_act
-from tests.simt.layouts import TOKEN_SCALES
+from tests.simt.layouts import empty_of_tokens, tokens_in_rows
 
 
 def quantized(library, x: Tensor, inv_smooth: Tensor, down: Tensor, spec: ActSpec, ranks: int = 32, **mode: bool):
     """(qx, sx in row layout, h) of the kernel."""
     (m, k), r = x.shape, down.shape[0]
-    padded = -(-m // 64) * 64
     qx = torch.full((m, k // 2), 0xAA, dtype=torch.uint8)
-    sx = torch.full((k // 64, padded), float("nan"), dtype=x.dtype)
+    sx = empty_of_tokens(m, x, k)
     h = torch.full((m, r), float("nan"))
     name = f"{str(x.dtype)[6:]}_{ranks}"
     library.run(name, x, inv_smooth, down, qx, sx, h, spec.shift, m, k, r, int(spec.format == "uint4"), **mode)
-    return qx, TOKEN_SCALES.unpack(sx.reshape(-1), (padded, k // 64))[:m], h
+    return qx, tokens_in_rows(sx, m), h
 
 
 def operands(m: int, k: int, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

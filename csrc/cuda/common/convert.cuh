@@ -7,6 +7,9 @@
 
 namespace nunchaku_py::cuda {
 
+// 1.5·2²³: of floats this large the last bits are a whole number, rounded half to even.
+constexpr float WHOLE = 12582912.f;
+
 // ---- to float -------------------------------------------------------------------------------------------------------
 DEVICE float cvt_f32(int v) {
   return float(v);

@@ -16,14 +16,10 @@ HOST_DEVICE constexpr int scale_rows(int rows) {
   return (rows + SCALE_BLOCK - 1) / SCALE_BLOCK * SCALE_BLOCK;
 }
 
-// "(M m:4 i:2 g:8) -> M g m i": of rows that are tokens.
+// Where in its group's row a token's scale lies: "(M m:4 i:2 g:8) -> M g m i". Those of output channels lie by
+// "(N n:8 t:4 e:2) -> N t n e"; they are put there when a weight is prepared, not by kernels.
 HOST_DEVICE constexpr int scale_of_row(int row) {
   return row / 64 * 64 + row % 8 * 8 + row % 64 / 16 * 2 + row % 16 / 8;
-}
-
-// "(N n:8 t:4 e:2) -> N t n e": of rows that are output channels.
-HOST_DEVICE constexpr int scale_of_channel(int row) {
-  return row / 64 * 64 + row % 8 / 2 * 16 + row % 64 / 8 * 2 + row % 2;
 }
 
 }  // namespace nunchaku_py::cuda

@@ -14,8 +14,7 @@
 
 namespace nunchaku_py::cuda {
 
-constexpr int MAGIC_BITS = 0x4B400000;
-constexpr float MAGIC = 12582912.f;  // 1.5·2²³, the float of these bits
+constexpr int WHOLE_BITS = 0x4B400000;  // of WHOLE
 
 template <class T>
 struct Operands {
@@ -31,7 +30,7 @@ constexpr int DEPTH = 2, STAGE_ROW = DEPTH * ROW_BYTES, CHUNKS = STAGE_ROW / 16;
 template <class Tile>
 struct alignas(16) Stage {
   uint8_t x[Tile::BM * STAGE_ROW], w[Tile::BN * STAGE_ROW];
-  uint16_t scales[DEPTH][Tile::SM + Tile::BN];  // of x, then of w
+  uint16_t scales[DEPTH][Tile::SCALED_ROWS + Tile::BN];  // of x, then of w
 };
 
 // The chunks of 16 bytes change places from row to row, so that ldmatrix meets no bank twice.
@@ -39,8 +38,8 @@ DEVICE int chunk_offset(int row, int chunk) {
   return row * STAGE_ROW + (chunk ^ row / 2 % CHUNKS) * 16;
 }
 
-// Where a thread stands: its warp's corner in the block's tile, and its place in every fragment (row g, columns 2t, 2t
-// + 1).
+// Where a thread stands: its warp's corner in the block's tile, and its place in every fragment (row g,
+// columns 2t and 2t + 1).
 template <class Tile>
 struct Place {
   int m0, n0, jump;  // the tile's corner in y, and Operands::jump
@@ -64,7 +63,7 @@ struct Place {
 template <class Tile, class T>
 class Copier {
   static constexpr int STEP = Tile::THREADS / CHUNKS;  // rows between two chunks of a thread
-  static constexpr int X = Tile::BM / STEP, W = Tile::BN / STEP, EIGHTS = (Tile::SM + Tile::BN) / 8;
+  static constexpr int X = Tile::BM / STEP, W = Tile::BN / STEP, EIGHTS = (Tile::SCALED_ROWS + Tile::BN) / 8;
   static_assert(Tile::BM % STEP == 0 && Tile::BN % STEP == 0, "every thread copies as many chunks");
   static_assert(DEPTH * EIGHTS <= Tile::THREADS, "a thread copies eight scales at most");
 
@@ -110,8 +109,8 @@ class Copier {
  private:
   // Of `group`, the eight from `first` on of the scales that a stage has.
   DEVICE void find_scales(const Operands<T>& in, const Place<Tile>& at, int group, int first) {
-    const bool of_x = first < Tile::SM;
-    const int row = of_x ? at.m0 / SCALE_BLOCK * SCALE_BLOCK + first : at.channel(first - Tile::SM);
+    const bool of_x = first < Tile::SCALED_ROWS;
+    const int row = of_x ? at.m0 / SCALE_BLOCK * SCALE_BLOCK + first : at.channel(first - Tile::SCALED_ROWS);
     scale_pitch_ = scale_rows(of_x ? in.M : in.N);
     scales_left_ = row < scale_pitch_ ? in.K / GROUP - group : 0;
     scale_ = (of_x ? in.sx : in.sw) + size_t(group) * scale_pitch_ + row;
@@ -119,8 +118,7 @@ class Copier {
   }
 };
 
-// ---- shared → registers → sums
-// ----------------------------------------------------------------------------------------
+// ---- shared → registers → sums --------------------------------------------------------------------------------------
 template <class Tile>
 using Sums = float[Tile::MT][Tile::NT][4];
 
@@ -151,9 +149,9 @@ DEVICE void multiply_group(float (&acc)[4], const uint32_t (&x)[4], const uint32
                            const float (&sw)[2], const float (&off)[2]) {
   int sum[4];
   if constexpr (UNSIGNED)
-    mma_m16n8k64_u4s4_from(sum, x, w, MAGIC_BITS);
+    mma_m16n8k64_u4s4_from(sum, x, w, WHOLE_BITS);
   else
-    mma_m16n8k64_s4_from(sum, x, w, MAGIC_BITS);
+    mma_m16n8k64_s4_from(sum, x, w, WHOLE_BITS);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float scaled = fmaf(__builtin_bit_cast(float, sum[i]), sw[i % 2], off[i % 2]);
@@ -165,7 +163,7 @@ template <bool UNSIGNED, class T, class Tile>
 DEVICE void multiply_stage(Sums<Tile>& acc, const Stage<Tile>& stage, int group, const Place<Tile>& at) {
   float sx[Tile::MT][2], sw[Tile::NT][2];
   load_scales<T>(sx, stage.scales[group] + at.sx);
-  load_scales<T>(sw, stage.scales[group] + Tile::SM + at.sw);
+  load_scales<T>(sw, stage.scales[group] + Tile::SCALED_ROWS + at.sw);
   uint32_t x[Tile::MT][4];
 #pragma unroll
   for (int m = 0; m < Tile::MT; ++m) ldmatrix_x4(x[m], stage.x + (at.x ^ group * ROW_BYTES) + m * 16 * STAGE_ROW);
@@ -175,7 +173,7 @@ DEVICE void multiply_stage(Sums<Tile>& acc, const Stage<Tile>& stage, int group,
     ldmatrix_x4(w, stage.w + (at.w ^ group * ROW_BYTES) + n * 8 * STAGE_ROW);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float off[2] = {-MAGIC * sw[n + j][0], -MAGIC * sw[n + j][1]};  // exact: a scale has 11 bits at most
+      const float off[2] = {-WHOLE * sw[n + j][0], -WHOLE * sw[n + j][1]};  // exact: a scale has 11 bits at most
 #pragma unroll
       for (int m = 0; m < Tile::MT; ++m)
         multiply_group<UNSIGNED>(acc[m][n + j], x[m], {w[j * 2], w[j * 2 + 1]}, sx[m], sw[n + j], off);

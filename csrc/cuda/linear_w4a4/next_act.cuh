@@ -53,9 +53,8 @@ DEVICE void quantize_four(const NextAct<T>& to, const float (&z)[VECTOR], Cell a
   if (at.column % GROUP == 0) stg(to.sx + size_t(at.column / GROUP) * scale_rows(to.M) + scale_of_row(at.row), stored);
 }
 
-// ---- h
-// ------------------------------------------------------------------------------------------------------------------ A
-// slab of z in 16 bit, beside the slab of floats.
+// ---- h --------------------------------------------------------------------------------------------------------------
+// A slab of z in 16 bit, beside the slab of floats.
 template <class Tile, class T>
 struct Hidden {
   static constexpr int PITCH = Tile::BN + 8;  // ldmatrix meets no bank twice
@@ -109,9 +108,8 @@ __global__ void __launch_bounds__(THREADS) sum_hidden_kernel(const float* parts,
   stg(h + i, sum);
 }
 
-// ---- z
-// ------------------------------------------------------------------------------------------------------------------ z
-// = activation(y): a tile of y gives as many columns of z.
+// ---- z --------------------------------------------------------------------------------------------------------------
+// z = activation(y): a tile of y gives as many columns of z.
 template <class Tile>
 struct Plain {
   static constexpr int WIDTH = Tile::BN;  // columns of z
@@ -137,9 +135,8 @@ struct Gated {
   }
 };
 
-// ---- the kernel
-// --------------------------------------------------------------------------------------------------------- Block (x,
-// y) takes rows x·BM … and every one of `tiles` neighbouring tiles from y·tiles on.
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+// Block (x, y) takes rows x·BM … and every one of `tiles` neighbouring tiles from y·tiles on.
 template <class Tile, bool UNSIGNED, class T, class Z>
 __global__ void __launch_bounds__(Tile::THREADS)
     linear_w4a4_next_kernel(Linear<T> p, NextAct<T> next, Z make, int tiles) {

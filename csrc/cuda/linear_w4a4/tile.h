@@ -9,8 +9,8 @@ constexpr int ROW_BYTES = GROUP / 2;  // of the codes of a group
 template <int BM_, int BN_, int WM_, int WN_, int STAGES_>
 struct Tile {
   static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, STAGES = STAGES_;
-  static constexpr int SM = BM < SCALE_BLOCK ? SCALE_BLOCK : BM;  // rows whose scales are copied, whole blocks
-  static constexpr int MT = WM / 16, NT = WN / 8;                 // fragments of a warp
+  static constexpr int SCALED_ROWS = BM < SCALE_BLOCK ? SCALE_BLOCK : BM;  // whole blocks of scales are copied
+  static constexpr int MT = WM / 16, NT = WN / 8;                          // fragments of a warp
   static constexpr int WARPS_N = BN / WN, WARPS = BM / WM * WARPS_N, THREADS = 32 * WARPS;
   static_assert(BM % WM == 0 && BN % WN == 0, "a block is whole warps");
   static_assert(WM % 16 == 0 && WM <= SCALE_BLOCK && SCALE_BLOCK % WM == 0, "a warp's rows lie in one block of scales");

@@ -27,16 +27,6 @@ DEVICE Moments moments_of(const float (&x)[OWN]) {
   return {float(OWN), mean, m2};
 }
 
-template <class T>
-DEVICE void widen(float (&to)[OWN], const uint32_t (&pairs)[OWN / 2]) {
-#pragma unroll
-  for (int i = 0; i < OWN / 2; ++i) {
-    float two[2];
-    cvt_f32x2<T>(two, pairs[i]);
-    to[i * 2] = two[0], to[i * 2 + 1] = two[1];
-  }
-}
-
 // RMS: RMSNorm, else LayerNorm.
 template <class T, bool RMS>
 struct Normed {

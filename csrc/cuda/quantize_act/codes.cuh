@@ -29,8 +29,8 @@ DEVICE T round_scale(float scale) {
   return cvt_16bit<T>(scale > LARGEST ? LARGEST : scale);
 }
 
-// Four bits each, the first lowest; zero where the scale is zero or NaN. What is left of v + 1.5·2²³ is v rounded half
-// to even, in two's complement.
+// Four bits each, the first lowest; zero where the scale is zero or NaN. The last bits of v + WHOLE are v rounded, in
+// two's complement.
 template <int COUNT>
 DEVICE uint32_t codes_of(const float (&x)[COUNT], float scale, bool is_unsigned, int first = 0) {
   static_assert(COUNT % 4 == 0);
@@ -40,7 +40,7 @@ DEVICE uint32_t codes_of(const float (&x)[COUNT], float scale, bool is_unsigned,
 #pragma unroll
   for (int i = 0; i < TAKEN; ++i) {
     const float v = fminf(fmaxf(x[first + i] / scale, lowest), top);
-    codes |= (__builtin_bit_cast(uint32_t, v + 12582912.f) & 15) << i * 4;
+    codes |= (__builtin_bit_cast(uint32_t, v + WHOLE) & 15) << i * 4;
   }
   return scale > 0 ? codes : 0;
 }

@@ -38,18 +38,24 @@ DEVICE void load_pairs(uint32_t (&to)[OWN / 2], const T* from, bool inside) {
   }
 }
 
-// ---- codes and scales
-// ---------------------------------------------------------------------------------------------------
 template <class T>
-DEVICE void quantize_row(const uint32_t (&pairs)[OWN / 2], const float (&inv_smooth)[OWN], const QuantizeParams<T>& p,
-                         int row, int group, int t) {
-  float x[OWN];
+DEVICE void widen(float (&to)[OWN], const uint32_t (&pairs)[OWN / 2]) {
 #pragma unroll
   for (int i = 0; i < OWN / 2; ++i) {
     float two[2];
     cvt_f32x2<T>(two, pairs[i]);
-    for (int j = 0; j < 2; ++j) x[i * 2 + j] = (two[j] + p.shift) * inv_smooth[i * 2 + j];
+    to[i * 2] = two[0], to[i * 2 + 1] = two[1];
   }
+}
+
+// ---- codes and scales -----------------------------------------------------------------------------------------------
+template <class T>
+DEVICE void quantize_row(const uint32_t (&pairs)[OWN / 2], const float (&inv_smooth)[OWN], const QuantizeParams<T>& p,
+                         int row, int group, int t) {
+  float x[OWN];
+  widen<T>(x, pairs);
+#pragma unroll
+  for (int i = 0; i < OWN; ++i) x[i] = (x[i] + p.shift) * inv_smooth[i];
   const T stored = round_scale<T>(group_top<4>(x, p.is_unsigned) / (p.is_unsigned ? 15.f : 7.f));
   if (row >= p.M) return;
   const float scale = cvt_f32(stored);
@@ -58,8 +64,7 @@ DEVICE void quantize_row(const uint32_t (&pairs)[OWN / 2], const float (&inv_smo
   if (t == 0) stg(p.sx + size_t(group) * scale_rows(p.M) + scale_of_row(row), stored);
 }
 
-// ---- h
-// ------------------------------------------------------------------------------------------------------------------
+// ---- h --------------------------------------------------------------------------------------------------------------
 template <int RANKS, class T>
 DEVICE void add_hidden(float (&h)[RANKS / 8][4], const uint32_t (&x)[2][OWN / 2], const QuantizeParams<T>& p, int rank0,
                        int column, int g) {
@@ -92,9 +97,8 @@ DEVICE void store_hidden(float* shared, const float (&h)[RANKS / 8][4], const Qu
   }
 }
 
-// ---- the kernel
-// --------------------------------------------------------------------------------------------------------- What is
-// quantized: x itself.
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+// What is quantized: x itself.
 template <class T>
 struct AsItIs {
   template <int WARPS>
