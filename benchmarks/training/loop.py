@@ -104,7 +104,7 @@ class Run:
 
     @property
     def _state(self) -> Path:
-        return self.folder / "state.pt"
+        return state_of(self.name)
 
     def train(self, loss: Loss) -> None:
         """To the plan's end, or until somebody asks to stop: then the step is finished and everything saved."""
@@ -162,7 +162,7 @@ class Run:
         self.step = parts["step"]
         self.module.load_state_dict(parts["module"])
         self.averaged = parts["averaged"]
-        for optimizer, state in zip(self.optimizers, parts["optimizers"], strict=True):
+        for optimizer, state in zip(self.optimizers, parts.get("optimizers", ()), strict="optimizers" in parts):
             optimizer.load_state_dict(state)
         print(f"{self.name}: going on from step {self.step}", flush=True)
 
@@ -182,6 +182,15 @@ class Run:
               + f"  of {self.plan.steps}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
+def state_of(name: str) -> Path:
+    return OUT / name / "state.pt"
+
+
+def started_from(module: nn.Module) -> dict[str, Any]:
+    """The state of a run that starts with these weights."""
+    return {"step": 0, "module": module.state_dict(), "averaged": module.state_dict()}
+
+
 def save_whole(what: Any, path: Path) -> None:
     """A file that is there is complete, also for another process that waits for it."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
@@ -191,7 +200,7 @@ def save_whole(what: Any, path: Path) -> None:
 
 def averaged(name: str) -> dict[str, Tensor]:
     """The weights a finished or interrupted run has to give."""
-    return torch.load(OUT / name / "state.pt", map_location=DEVICE, weights_only=True)["averaged"]
+    return torch.load(state_of(name), map_location=DEVICE, weights_only=True)["averaged"]
 
 
 def _optimizers(module: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:

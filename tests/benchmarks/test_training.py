@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.training import captions, data, flux, layout, loop, lora, muon, sdxl, text, text_models, vae
+from benchmarks.training import captions, data, flux, layout, loop, lora, muon, restore, sdxl, text, text_models, vae
 from nunchaku_py.demo import shipped
 from nunchaku_py.demo.scenes import COLOURS, SHAPES, Scene, Thing, describe, draw, read
 
@@ -324,6 +324,24 @@ def test_nothing_is_trained_on_held_out_pairs():
     for one in lora.LORAS.values():
         chance = random.Random(0)
         assert not any(one.scene(chance).held_out for _ in range(500)), one
+
+
+def test_runs_go_on_from_what_is_shipped(capsys):
+    restore.main()
+    for name, drawer, denoiser in (("flux", flux.fresh, "transformer"), ("sdxl", sdxl.fresh, "unet")):
+        pipe = shipped.pipeline(f"tiny-{name}", torch.float32)
+        run = loop.Run(name, drawer(), PLAN)
+        assert run.step == 0
+        for part, of in {denoiser: denoiser, **(flux if name == "flux" else sdxl).ENCODERS}.items():
+            mine, its = getattr(run.module, part).state_dict(), getattr(pipe, of).state_dict()
+            assert all(torch.equal(mine[key], its[key]) for key in its), part
+        own = vae.trained(name).encoder.state_dict()
+        assert all(torch.equal(own[key], value) for key, value in pipe.vae.encoder.state_dict().items())
+        run.train(lambda step, generator, run=run: (sum(p.sum() for p in run.module.parameters() if p.requires_grad),
+                                                    {}))
+    assert "left as it is" not in capsys.readouterr().out
+    restore.main()
+    assert capsys.readouterr().out.count("left as it is") == 9  # nothing that has been trained is lost
 
 
 def test_a_lora_of_other_weights_is_not_resumed():

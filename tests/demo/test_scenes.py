@@ -73,6 +73,24 @@ def test_things_are_inside_and_apart():
             assert ((first.x - second.x) ** 2 + (first.y - second.y) ** 2) ** 0.5 >= 24
 
 
+def test_things_stand_where_four_patches_meet_and_fit_into_them():
+    """What a model of 16 × 16 patches learns soonest; the checker knows them elsewhere too."""
+    for scene in scenes(300):
+        for thing in scene.things:
+            off = [abs(at - 16 * round(at / 16)) for at in (thing.x, thing.y)]
+            assert max(off) <= 1 and 16 <= round(thing.x / 16) * 16 <= 48 and thing.radius + max(off) <= 16
+    chance = random.Random(0)
+    shaken = [thing for _ in range(300) for thing in anything(chance).things]
+    assert max(abs(thing.x - 16 * round(thing.x / 16)) for thing in shaken) > 3
+    assert all(0 < thing.x < SIDE and 0 < thing.y < SIDE for thing in shaken)
+
+
+def test_three_things_stand_in_a_triangle():
+    found = {scene.places for scene in scenes(500) if len(scene.things) == 3}
+    assert found == {("at the top left", "at the top right", "at the bottom"),
+                     ("at the top", "at the bottom left", "at the bottom right")}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_caption_claims_what_the_scene_shows(seed):
     chance = random.Random(seed)
