@@ -156,11 +156,12 @@ def described(count: int, seed: int | str, held_out: bool = False) -> tuple[list
 
 
 def _sentence(scene: Scene, chance: random.Random) -> str:
+    """What is not said of where things are is as usual: so a caption leaves no choice that matters to it."""
     phrases = [_phrase(thing, chance) for thing in scene.things]
-    for i, place in enumerate(scene.places):
-        if chance.random() < (0.8 if len(phrases) == 1 else 0.5):
-            phrases[i] += f" {place}"
-    if len(phrases) == 2 and chance.random() < 0.7:
+    usual = _as_usual(scene)
+    for i in _placed(len(scene.places), usual, chance):
+        phrases[i] += f" {scene.places[i]}"
+    if len(phrases) == 2 and (not usual or chance.random() < 0.6):
         things = f"{phrases[0]} {scene.relation} {phrases[1]}"
     else:
         first = sorted(range(len(phrases)), key=lambda i: _reading_order(scene.things[i]))
@@ -172,6 +173,19 @@ def _sentence(scene: Scene, chance: random.Random) -> str:
     kind = "" if scene.backdrop == "plain" else f"{scene.backdrop} "
     ground = f"on a {kind}{scene.background} background"
     return f"{ground}, {things}" if chance.random() < 0.2 else f"{opening}{things} {ground}"
+
+
+def _as_usual(scene: Scene) -> bool:
+    """One thing in the center, two side by side, three in a triangle on its tip."""
+    if scene.relation:
+        return scene.relation.startswith("to")
+    return scene.places in ((PLACES[4],), tuple(PLACES[cell] for cell in _TRIANGLES[0]))
+
+
+def _placed(count: int, usual: bool, chance: random.Random) -> list[int]:
+    """The things whose place is said: at least one where it is not the usual one."""
+    found = [i for i in range(count) if chance.random() < 0.5]
+    return found if usual or found or not count else [chance.randrange(count)]
 
 
 def _reading_order(thing: Thing) -> float:

@@ -91,6 +91,18 @@ def test_three_things_stand_in_a_triangle():
                      ("at the top", "at the bottom left", "at the bottom right")}
 
 
+def test_what_is_not_said_of_places_is_as_usual():
+    chance = random.Random(7)
+    unsaid = []
+    for scene in scenes(3000):
+        claims = read(describe(scene, chance))
+        if claims.relation is None and not any(claim.place for claim in claims.things):
+            unsaid.append((len(scene.things), scene.places, scene.relation))
+    assert {(count, places) for count, places, _ in unsaid if count != 2} == {
+        (1, ("in the center",)), (3, ("at the top left", "at the top right", "at the bottom"))}
+    assert {relation for count, _, relation in unsaid if count == 2} == {"to the left of", "to the right of"}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_caption_claims_what_the_scene_shows(seed):
     chance = random.Random(seed)
