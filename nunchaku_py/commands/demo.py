@@ -14,13 +14,13 @@ Load a small trained pipeline that comes with the package, quantize it to INT4 a
 for bit, and paint the same prompts in 16 bit and in every mode. Prints how near the pictures are, whether they show
 what was asked for, times and sizes; writes a contact sheet (sheet.png), a page (index.html), the numbers (table.csv)
 and the quantized pipelines. Nothing is downloaded, no GPU is needed."""
-EXAMPLES = "  nunchaku-py demo\n  nunchaku-py demo --model tiny-flux --out ./demo --seed 1\n"
+EXAMPLES = "  nunchaku-py demo\n  nunchaku-py demo --model tiny-sdxl --out ./demo --seed 1\n"
 OUT = Path("nunchaku_py_demo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=list(shipped.CALLS), default="tiny-sdxl",
-                        help="which pipeline (default tiny-sdxl)")
+    parser.add_argument("--model", choices=list(shipped.CALLS), default="tiny-flux",
+                        help="which pipeline (default tiny-flux)")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help=f"folder for everything that is written (default ./{OUT}/MODEL)")
     parser.add_argument("--seed", type=whole(0, LARGEST_SEED - 10**6), default=0,
