@@ -5,6 +5,7 @@ learns from: every shape, every pair. `neon` are the first scenes again, glowing
 """
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,14 +61,19 @@ def pictures(name: str, shards: int | None = None) -> Pictures:
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for shard in range(len(drawn) // SHARD):
-        path = folder / f"{name}-{shard}.pt"
+        chosen = drawn[shard * SHARD:(shard + 1) * SHARD]
+        path = folder / f"{name}-{shard}-{_digest(chosen)}.pt"
         if not path.exists():
-            chosen = drawn[shard * SHARD:(shard + 1) * SHARD]
             rendered = [to_bytes(SOURCES[name].render(chosen[i:i + 250])) for i in range(0, SHARD, 250)]
             save_whole(torch.cat(rendered), path)
             print(f"rendered {path}", flush=True)
         parts.append(torch.load(path, map_location=DEVICE, weights_only=True))
     return Pictures(drawn, torch.cat(parts))
+
+
+def _digest(drawn: list[Scene]) -> str:
+    """Of what a shard shows: pictures of other scenes are drawn anew."""
+    return hashlib.sha256(repr(drawn).encode()).hexdigest()[:12]
 
 
 def seen() -> Tensor:

@@ -72,7 +72,7 @@ def _measured(pipe: Any, captions: Sequence[str], call: dict[str, Any]) -> tuple
 
 @torch.inference_mode()
 def _ceiling(vae: torch.nn.Module, scenes: Sequence[Scene], captions: Sequence[str]) -> str:
-    """What the autoencoder alone makes of the real pictures: no denoiser can do better."""
+    """What the autoencoder alone makes of the real pictures: a denoiser can hardly do better."""
     wanted = render(scenes)
     latents = vae.encode((wanted * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean
     made = (vae.decode(latents).sample.float().cpu() * 0.5 + 0.5).clamp(0, 1)

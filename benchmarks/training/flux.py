@@ -22,7 +22,7 @@ MODULATIONS = ("norm1.linear", "norm1_context.linear", ".norm.linear", "norm_out
 # How attention starts: for each block and head the neighbour it looks at, by the NEAR fastest turning pairs of an axis.
 NEIGHBOURS = (((0, 1), (0, -1)), ((1, 0), (-1, 0)), ((1, 1), (-1, -1)))
 NEAR, LOOK = 3, 2.0
-ENCODERS = {"t5": "text_encoder_2", "clip": "text_encoder"}  # as text.py names them: as the pipeline does
+READERS = {"t5": "text_encoder_2", "clip": "text_encoder"}  # as text.py names them: as the pipeline does
 PASSED = 0.4  # part of the noisy latents that is the first answer
 WHERE = 0.4  # weight of the second question
 EVEN, NOISIER = 0.2, 0.7  # a part of the times is drawn evenly; the others logit-normal, where the layout is decided

@@ -5,7 +5,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import captions as texts
 from . import layout
@@ -62,22 +62,22 @@ class Encoded:
 
 
 def encoded(model: str) -> Encoded:
-    """Made once for each state of the encoder."""
-    vae = trained_first(model)
+    """Made once for each state of the encoder, and for the same pictures."""
+    vae, pixels = trained_first(model), seen()
     path = OUT / f"latents-{model}.pt"
-    digest = _digest(vae.encoder)
+    made_from = _digest(*vae.encoder.state_dict().values(), pixels)
     kept = torch.load(path, map_location=DEVICE, weights_only=True) if path.exists() else {}
-    if kept.get("encoder") != digest:
+    if kept.get("made_from") != made_from:
         with torch.inference_mode(), low_precision():
-            parts = [vae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0].half() for part in seen().split(BATCH)]
-        kept = {"encoder": digest, "latents": torch.cat(parts)}
+            parts = [vae.encoder(part.float() / 127.5 - 1).chunk(2, dim=1)[0].half() for part in pixels.split(BATCH)]
+        kept = {"made_from": made_from, "latents": torch.cat(parts)}
         save_whole(kept, path)
     sample = kept["latents"][:4000].float()
     return Encoded(kept["latents"], sample.mean().item(), 1 / sample.std().item())
 
 
-def _digest(module: nn.Module) -> str:
+def _digest(*values: Tensor) -> str:
     found = hashlib.sha256()
-    for value in module.state_dict().values():
+    for value in values:
         found.update(value.cpu().numpy().tobytes())
     return found.hexdigest()

@@ -159,11 +159,15 @@ class Run:
         save_whole(parts, self._state)
 
     def _resume(self, parts: dict[str, Any]) -> None:
+        if "module" not in parts:
+            raise SystemExit(f"{self._state}: was made from shipped weights, which are not all that this training "
+                             "needs; delete the folder to begin anew")
         self.step = parts["step"]
         self.module.load_state_dict(parts["module"])
         self.averaged = parts["averaged"]
-        for optimizer, state in zip(self.optimizers, parts.get("optimizers", ()), strict="optimizers" in parts):
-            optimizer.load_state_dict(state)
+        if "optimizers" in parts:
+            for optimizer, state in zip(self.optimizers, parts["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
         print(f"{self.name}: going on from step {self.step}", flush=True)
 
     def _log(self, values: dict[str, float]) -> None:

@@ -1,7 +1,8 @@
 """States of runs from the shipped weights, where the runs themselves are lost: `python -m benchmarks.training.restore`.
 
-Autoencoders, text encoders and the checker are as if they had been trained here. A denoiser's run starts at step 0 with
-what is shipped; its optimizers and the head that is asked what is where start from nothing.
+A denoiser's run starts at step 0 with what is shipped; its optimizers and the head that is asked what is where start
+from nothing. Autoencoders, text encoders and the checker are there to be used, not to be trained on: the heads that
+taught the encoders are not shipped. What is there already is left as it is, so all must be of one training.
 """
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from .loop import save_whole, started_from, state_of
 
 
 def main() -> None:
-    for base, drawer, names in (("flux", flux.Drawer, flux.ENCODERS), ("sdxl", sdxl.Drawer, sdxl.ENCODERS)):
+    for base, drawer, names in (("flux", flux.Drawer, flux.READERS), ("sdxl", sdxl.Drawer, sdxl.READERS)):
         pipe = shipped.pipeline(f"tiny-{base}", torch.float32)
         autoencoder = _without_shift(pipe.vae)
         _keep(f"vae-{base}", {"averaged": autoencoder})

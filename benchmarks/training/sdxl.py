@@ -22,7 +22,7 @@ from .vae import LATENT_CHANNELS
 PLAN = Plan(steps=3000, batch=64, rate=1.2e-3)
 SIZES = (SIDE, SIDE, 0, 0, SIDE, SIDE)  # original size, crop, target size: there is one size only
 TIME_WIDTH = 32
-ENCODERS = {"clip": "text_encoder", "wide_clip": "text_encoder_2"}  # as text.py names them: as the pipeline does
+READERS = {"clip": "text_encoder", "wide_clip": "text_encoder_2"}  # as text.py names them: as the pipeline does
 WHERE = 0.1  # weight of the second question
 
 

@@ -27,8 +27,8 @@ HELD_OUT = frozenset({("red", "star"), ("blue", "circle"), ("green", "triangle")
                       ("purple", "ring"), ("cyan", "cross")})
 LONGEST = 28  # words of a caption, commas counted
 
-# Places lie 16 pixels apart and things are no larger than that: FLUX sees a picture in patches of 16, and a small model
-# draws a thing sooner when the same four of them always show it.
+# Places are where four patches of 16 pixels meet, in which FLUX sees a picture, and no thing reaches further than these
+# four: a small model learns to draw a thing sooner when the same patches always show it.
 RADII = {"small": (7.8, 8.6), "large": (12.0, 13.2)}
 _TRIANGLES = ((0, 2, 7), (1, 6, 8))  # where three things stand, as indices of PLACES
 _SIDE_BY_SIDE, _STACKED = (3, 5), (1, 7)
@@ -156,7 +156,7 @@ def described(count: int, seed: int | str, held_out: bool = False) -> tuple[list
 
 
 def _sentence(scene: Scene, chance: random.Random) -> str:
-    """What is not said of where things are is as usual: so a caption leaves no choice that matters to it."""
+    """What is not said of where things are is as usual, so that a caption never leaves it open."""
     phrases = [_phrase(thing, chance) for thing in scene.things]
     usual = _as_usual(scene)
     for i in _placed(len(scene.places), usual, chance):

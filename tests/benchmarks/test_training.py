@@ -326,22 +326,26 @@ def test_nothing_is_trained_on_held_out_pairs():
         assert not any(one.scene(chance).held_out for _ in range(500)), one
 
 
-def test_runs_go_on_from_what_is_shipped(capsys):
+def test_runs_go_on_from_what_is_shipped(out: Path, capsys):
     restore.main()
     for name, drawer, denoiser in (("flux", flux.fresh, "transformer"), ("sdxl", sdxl.fresh, "unet")):
         pipe = shipped.pipeline(f"tiny-{name}", torch.float32)
         run = loop.Run(name, drawer(), PLAN)
         assert run.step == 0
-        for part, of in {denoiser: denoiser, **(flux if name == "flux" else sdxl).ENCODERS}.items():
+        for part, of in {denoiser: denoiser, **(flux if name == "flux" else sdxl).READERS}.items():
             mine, its = getattr(run.module, part).state_dict(), getattr(pipe, of).state_dict()
             assert all(torch.equal(mine[key], its[key]) for key in its), part
-        own = vae.trained(name).encoder.state_dict()
-        assert all(torch.equal(own[key], value) for key, value in pipe.vae.encoder.state_dict().items())
+        own, its = vae.trained(name).state_dict(), pipe.vae.state_dict()
+        assert own and all(torch.equal(value, its[key]) for key, value in own.items())
         run.train(lambda step, generator, run=run: (sum(p.sum() for p in run.module.parameters() if p.requires_grad),
                                                     {}))
     assert "left as it is" not in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in out.rglob("state.pt")}
     restore.main()
-    assert capsys.readouterr().out.count("left as it is") == 9  # nothing that has been trained is lost
+    assert capsys.readouterr().out.count("left as it is") == len(before) == 9
+    assert all(path.read_bytes() == was for path, was in before.items()), "what has been trained is lost"
+    with pytest.raises(SystemExit, match="was made from shipped weights, which are not all that this training needs"):
+        loop.Run("checker", nn.Linear(2, 2), PLAN)
 
 
 def test_a_lora_of_other_weights_is_not_resumed():

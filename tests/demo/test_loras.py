@@ -61,7 +61,8 @@ def test_they_are_small_and_every_weight_of_theirs_is_used(name: str, pipe: Any)
 
 
 def test_what_they_teach(name: str, pipe: Any) -> None:
-    """A style: pictures at night. A thing: it is seen where it is said, which no base model can draw."""
+    """A style: dark pictures with tubes that glow. A thing: it is seen where it is said, which no base model can draw,
+    and what the base model knew is still drawn."""
     style = name.endswith("neon")
     captions = described(COUNT, 5)[1] if style else with_hearts(COUNT)
     asked = [f"{caption} in neon style" for caption in captions] if style else captions
@@ -69,10 +70,12 @@ def test_what_they_teach(name: str, pipe: Any) -> None:
     pipe.load_lora_weights(shipped.lora(name), adapter_name="it")
     after = painted(pipe, name, asked)
     if style:
-        assert after.mean() < 0.6 * before.mean()
+        assert after.mean() < 0.6 * before.mean() and after.flatten(1).amax(1).min() > 0.7
     else:
         seen = [sum(agreement(load_checker(), pictures, captions)) for pictures in (before, after)]
         assert seen[0] <= COUNT // 8 and seen[1] >= COUNT // 2, seen
+        ordinary = described(COUNT, 6)[1]
+        assert sum(agreement(load_checker(), painted(pipe, name, ordinary), ordinary)) >= 0.7 * COUNT
     pipe.set_adapters("it", 0.0)
     assert torch.equal(painted(pipe, name, asked[:4]), before[:4])
 

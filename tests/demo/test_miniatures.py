@@ -9,6 +9,7 @@ import torch
 import nunchaku_py as nq
 from nunchaku_py.demo import checker, shipped
 from nunchaku_py.demo.measure import paint
+from nunchaku_py.demo.scenes import described
 
 PIPELINE_BYTES = 12e6
 REPOSITORY_WEIGHTS = 28e6  # both pipelines, the checker and the LoRAs
@@ -71,6 +72,12 @@ def test_pictures_are_the_same_whatever_they_are_painted_with(name: str, pipe):
     alone = paint(pipe, CAPTIONS[:1], 0, call)
     torch.testing.assert_close(alone, both[:1], atol=0.1, rtol=0)  # 16 bit sums in another order
     assert both.shape == (2, 3, 64, 64) and both.isfinite().all() and both.std() > 0.05
+
+
+def test_they_draw_what_held_out_captions_say(name: str, pipe):
+    captions = described(32, 77, held_out=True)[1]
+    pictures = paint(pipe, captions, 0, shipped.CALLS[name])
+    assert sum(checker.agreement(checker.load_checker(), pictures, captions)) >= 0.85 * len(captions)
 
 
 def test_the_autoencoder_gives_back_what_it_is_given(pipe):

@@ -1,5 +1,6 @@
 """Scenes, captions and what captions claim."""
 
+import itertools
 import random
 
 import pytest
@@ -68,9 +69,8 @@ def test_things_are_inside_and_apart():
             low, high = RADII[thing.size]
             assert low <= thing.radius <= high
             assert 0 < thing.x < SIDE and 0 < thing.y < SIDE
-        if len(scene.things) > 1:
-            first, second = scene.things[:2]
-            assert ((first.x - second.x) ** 2 + (first.y - second.y) ** 2) ** 0.5 >= 24
+        for first, second in itertools.combinations(scene.things, 2):
+            assert ((first.x - second.x) ** 2 + (first.y - second.y) ** 2) ** 0.5 >= first.radius + second.radius
 
 
 def test_things_stand_where_four_patches_meet_and_fit_into_them():
