@@ -26,7 +26,14 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120a")
-CUDA_SOURCES = {"csrc/cuda/device_info.cu": None}  # file -> the targets it is meant for; None: whatever is asked for
+INT4_SOURCES = (
+    "csrc/cuda/quantize_act/quantize_act.cu", "csrc/cuda/norm_modulate_quantize/norm_modulate_quantize.cu",
+    *(f"csrc/cuda/linear_w4a4/{ending}.cu"
+      for ending in ("linear_w4a4", "gate_residual", "gelu_quantize", "glu_quantize", "qkv_rope")),
+)
+CUDA_SOURCES = {  # file -> the oldest target it is meant for
+    "csrc/cuda/device_info.cu": 75, "csrc/cuda/linear_w4a16/linear_w4a16.cu": 75, **dict.fromkeys(INT4_SOURCES, 80)
+}
 CPU_SOURCES = ("csrc/module.cpp", *sorted(f"csrc/cpu/{path.name}" for path in (ROOT / "csrc/cpu").glob("*.cpp")))
 # Contracted or reordered arithmetic would round otherwise than the references. Each instruction set's file switches
 # it on by itself: nothing here may depend on the machine that builds.
@@ -132,18 +139,17 @@ def object_path(command: list[str], source: Path, folder: Path) -> Path:
 
 
 def compile_cuda(nvcc: str, targets: tuple[str, ...], folder: Path) -> list[Path]:
-    """One object per file of CUDA_SOURCES that is meant for one of these targets."""
+    """One object per file of CUDA_SOURCES, for those of the targets that it is meant for."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = max(1, jobs // len(CUDA_SOURCES))
 
     version = run([nvcc, "--version"])
 
-    def compile_one(item: tuple[str, tuple[str, ...] | None]) -> Path | None:
-        source, meant = ROOT / item[0], item[1]
-        own = tuple(target for target in targets if meant is None or target in meant)
-        if not own:
-            return None
+    def compile_one(item: tuple[str, int]) -> Path:
+        source, oldest = ROOT / item[0], item[1]
+        # Where all asked for are older it is built for one all the same, never to run: others refer to what is in it.
+        own = tuple(target for target in targets if int(target.rstrip("af")) >= oldest) or (str(oldest),)
         output = object_path([*nvcc_command(nvcc, source, folder, own), version], source, folder)
         if not output.exists():
             partial = output.with_name("partial-" + output.name)
@@ -152,7 +158,7 @@ def compile_cuda(nvcc: str, targets: tuple[str, ...], folder: Path) -> list[Path
         return output
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(filter(None, pool.map(compile_one, CUDA_SOURCES.items())))
+        return list(pool.map(compile_one, CUDA_SOURCES.items()))
 
 
 def build_cuda(extension, folder: Path) -> tuple[str, tuple[str, ...]]:
@@ -214,7 +220,7 @@ def native_build() -> dict:
     extension.libraries += ["dl", "pthread"] if sys.platform == "linux" else []
     # Without a C++ compiler the package still installs: plain PyTorch and Triton serve, and native.status() says so.
     extension.optional = cuda_switch() != "1"
-    extension.depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
+    extension.depends = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

@@ -1,4 +1,5 @@
-// nunchaku_py._native: the only file that knows Python. No torch anywhere in csrc: tensors come as pointers and sizes.
+// nunchaku_py._native: with bind_cuda.h the only files that know Python. No torch anywhere in csrc: tensors come as
+// pointers and sizes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #ifdef NUNCHAKU_PY_WITH_CUDA
+#include "bind_cuda.h"
 #include "cuda/device_info.h"
 #endif
 
@@ -161,6 +163,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_targets") = NUNCHAKU_PY_CUDA_TARGETS;
   bind_cpu(m);
 #ifdef NUNCHAKU_PY_WITH_CUDA
+  nunchaku_py::cuda::bind_cuda(m.def_submodule("cuda", "the ops on NVIDIA GPUs"));
   m.def("cuda_devices", &cuda_devices, "GPUs of this machine and the compiled target that ran on each");
 #endif
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import ops
 from .fusion import class_path
 from .linear import LINEAR_OPS, QuantizedInput, QuantizedSite
-from .ops.spec import Activation, ActSpec, LinearSpec
+from .ops.spec import MMA, Activation, ActSpec, LinearSpec
 
 NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 GELU, GLU, GATE_RESIDUAL = "_gelu_quantize", "_glu_quantize", "_gate_residual"
@@ -33,7 +33,7 @@ def between(first: QuantizedSite, x: QuantizedInput, what: Between, second: Quan
             ) -> QuantizedInput:
     """The quantized input of `second`, from the quantized input of `first`."""
     qw, sw, aux, up, bias = first.operands(dtype)
-    second.ensure_packed()
+    second.ensure_packed(dtype)
     spec = _quantizing_spec(first.linear_spec.token, what.activation, what.gate_first, second.linear_spec.act.token)
     op = _ENDINGS[what.ending][first.linear_spec.act.format]
     down, _ = second.branch(dtype)
@@ -50,7 +50,7 @@ def gate_residual(site: QuantizedSite, x: QuantizedInput, gate: Tensor, residual
 
 def modulated(x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, site: QuantizedSite) -> QuantizedInput:
     """The quantized input norm(x)·(1+scale)+shift of `site`, and of all that share its input."""
-    site.ensure_packed()
+    site.ensure_packed(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     down, _ = site.branch(x.dtype)
     return QuantizedInput(*ops.norm_modulate_quantize(
@@ -80,9 +80,17 @@ def _cached_normalizing_spec(act: str, eps: float) -> ActSpec:
 
 
 # ------------------------------------------------------------------------------------------------ reasons to step aside
-def no_ending(site: QuantizedSite, ending: str) -> str | None:
-    """A linear that runs natively is not given up for an ending that would run on torch."""
+def no_ending(site: QuantizedSite, ending: str, reader: QuantizedSite | None = None) -> str | None:
+    """A linear that runs natively is not given up for an ending that would run on torch; and the linear that reads what
+    the ending makes takes it in the layout of this one."""
     site.ensure_packed()
+    if reader is not None:
+        reader.ensure_packed()
+        mine, its = site.linear_spec.layout, reader.linear_spec.act.layout
+        if mine != its:
+            return f"it is packed as '{mine}', and the linear that reads its output as '{its}'"
+        if mine == MMA and site.linear_spec.act.format == "uint4":
+            return "its input is unsigned, which the kernels of this ending do not take"
     plain, act = LINEAR_OPS[site.linear_spec.act.format], site.linear_spec.act.format
     return _not_native(plain, _ENDINGS[ending][act], site)
 

@@ -90,7 +90,11 @@ def _explain_site(site: QuantizedSite, count: int, rows: int) -> list[Explanatio
     calls = [(LINEAR_OPS[spec.act.format], (*quantized[:2], qw, sw, aux, quantized.h, up, bias, spec))]
     if site.site.has_smooth:
         calls.insert(0, (ops.quantize_act, (x, site.inv_smooth, site.branch(x.dtype)[0], spec.act)))
-    return [_explain_call(op, args, shape, count) for op, args in calls]
+    found = [_explain_call(op, args, shape, count) for op, args in calls]
+    why = site.why_not_mma() if spec.act.format in ("int4", "uint4") else None
+    for explanation in found if why else ():
+        explanation.refusals["cuda"] = why
+    return found
 
 
 def _explain_call(op: ops.Op, args: tuple, shape: str, count: int) -> Explanation:

@@ -90,7 +90,7 @@ def _unfit(parts: Members) -> str | None:
     if not second.site.has_smooth:
         return f"{second_name} does not quantize its input"
     return hooked((*parts[:3], *parts.silu, *parts.dropouts)) or active_dropout(parts.dropouts) or no_ending(
-        first, what_between(activation).ending)
+        first, what_between(activation).ending, second)
 
 
 def what_between(activation: nn.Module) -> Between | None:

@@ -14,15 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backends import cpu
+from .backends import cpu, cuda
 from .errors import NunchakuError
+from .module_tools import dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
 from .site import MODES, Mode, Residency, Site, SiteTensors, auto_mode, shift_correction
 from .tensor import QTensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DERIVED = ("inv_smooth", "folded_codes", "folded_scales", "unshift", "mma_scales", "mma_bias")
 LINEAR_OPS = {"int4": ops.linear_w4a4, "uint4": ops.linear_w4a4, "nvfp4": ops.linear_w4a4,
                "int8": ops.linear_w4a8, "none": ops.linear_w4a16}
+
+
+class Packing(NamedTuple):
+    """What a site's derived tensors are for."""
+
+    mode: Mode
+    residency: Residency
+    device: str  # its type
+    dtype: torch.dtype | None  # of the rows; None where any will do
 
 
 class QuantizedInput(NamedTuple):
@@ -44,7 +55,8 @@ class QuantizedSite(nn.Module):
         self.file_dtype = dtype  # 16 bit, of the stored tensors: casting the module never changes it
         self.compute_dtype = dtype
         self.requested_mode: str = "auto"
-        self.packed: tuple[Mode, Residency, str] | None = None  # the last: type of device. None: not packed
+        self.row_dtype = dtype  # of the rows that come
+        self.packed: Packing | None = None
         self.input_key: tuple[str, str] | None = None
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")
@@ -108,30 +120,43 @@ class QuantizedSite(nn.Module):
         """Derive what the ops want on this device in this mode."""
         if not self.has_data():
             raise NunchakuError("this quantized linear has no weights yet (meta device): load them before running it")
-        wanted = self._wanted()
-        if self.packed == wanted:
+        if self.packed == (wanted := self._wanted()):
             return
         if torch.compiler.is_compiling():
             raise NunchakuError("this model is not packed for its device: nq.set_mode(model, 'auto') before compiling")
-        self.packed, self.linear_spec = wanted, self.site.linear_spec(wanted[0], self.rows_in, wanted[1])
-        with without_autocast(wanted[2]):
+        self.packed, self.linear_spec = wanted, self.site.linear_spec(wanted.mode, self.rows_in, wanted.residency)
+        with without_autocast(wanted.device):
             codes, scales = self._fold()
             self._derive("inv_smooth", 1.0 / self.smooth.data.float() if self.site.has_smooth else None)
             self._derive("folded_codes", codes)
             self._derive("folded_scales", scales)
-            self._derive("unshift", self._correction() if self.site.shift and wanted[0] != "a4" else None)
+            self._derive("unshift", self._correction() if self.site.shift and wanted.mode != "a4" else None)
+            scales = cuda.packed_scales(self.scales.data, wanted.dtype) if wanted.residency == "mma" else None
+            self._derive("mma_scales", scales)
+            self._derive("mma_bias", None if scales is None else self._bias().float())
         self.input_key = self._input_key()
 
-    def _wanted(self) -> tuple[Mode, Residency, str]:
+    def _wanted(self) -> Packing:
         mode = self.mode
-        return mode, self._residency(mode), self.codes.device.type
+        return Packing(mode, self._residency(mode), self.codes.device.type, self._packing_dtype(mode))
+
+    def _packing_dtype(self, mode: Mode) -> torch.dtype | None:
+        """Only the CUDA kernels of a4 want their scales in the type of the rows."""
+        return self.row_dtype if mode == "a4" and cuda.asked_for(self.codes.device) else None
 
     def _residency(self, mode: Mode) -> Residency:
-        """Weights stay 4 bits where the kernels fold them as fast as they read them."""
+        """Weights stay 4 bits where the kernels take them as they are, or fold them as fast as they read them."""
+        if mode == "a4" and self.why_not_mma() is None:
+            return "mma"
         scaled = self.site.linear_spec(mode, self.rows_in, "scaled")
         if scaled.row_scales and cpu.folds(scaled, self.codes.device):
             return "scaled"
         return "codes" if scaled.act.format != "int8" or is_offloaded(self) else "folded"
+
+    def why_not_mma(self) -> str | None:
+        """Why the CUDA kernels do not multiply 4-bit activations by this site's weight."""
+        spec = self.site.linear_spec("a4", self.rows_in)
+        return cuda.why_not_packed(spec, self.rows_out, self.scales.data, self.row_dtype)
 
     def _fold(self) -> tuple[Tensor | None, Tensor | None]:
         """(folded_codes, folded_scales): INT8 and its scales; or none, and what stands in aux before channel_scale."""
@@ -145,12 +170,16 @@ class QuantizedSite(nn.Module):
 
     def _unpack(self) -> None:
         self.packed = self.input_key = None
-        for name in ("inv_smooth", "folded_codes", "folded_scales", "unshift"):
+        for name in DERIVED:
             self._derive(name, None)
 
-    def ensure_packed(self) -> None:
-        """Before every call: offloading may have brought the tensors to another device, or hooked itself on since."""
-        stale = self.packed is None or self.packed[2] != self.codes.device.type
+    def ensure_packed(self, dtype: torch.dtype | None = None) -> None:
+        """Before every call, with the dtype of its rows: offloading may have brought the tensors to another device, or
+        hooked itself on since."""
+        if dtype is not None and dtype != self.row_dtype:
+            self.row_dtype = dtype
+        here = self.packed
+        stale = here is None or here.device != self.codes.device.type or here.dtype != self._packing_dtype(here.mode)
         if stale or (self.folded_codes is not None and is_offloaded(self)):
             self.pack()
 
@@ -186,7 +215,7 @@ class QuantizedSite(nn.Module):
 
     def quantize_input(self, rows: Tensor) -> QuantizedInput:
         """rows (M,K) → what `multiply` of this site, and of every site of its group, takes."""
-        self.ensure_packed()
+        self.ensure_packed(rows.dtype)
         rows = rows.contiguous()  # the same bits however the input lay in memory
         down, _ = self.branch(rows.dtype)
         if not self.site.has_smooth:
@@ -196,8 +225,11 @@ class QuantizedSite(nn.Module):
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(qw, sw, aux, up, bias) as the linear ops take them."""
-        self.ensure_packed()
-        (_, up), bias = self.branch(dtype), self._bias()
+        self.ensure_packed(dtype)
+        _, up = self.branch(dtype)
+        if self.mma_scales is not None:
+            return self.codes, self.mma_scales, up.new_empty(0), up, self.mma_bias
+        bias = self._bias()
         if self.folded_codes is not None:
             return self.folded_codes, self.folded_scales, up.new_empty(0), up, bias
         return self.codes, self.scales, self._aux(up) if self.folded_scales is None else self.folded_scales, up, bias
@@ -232,18 +264,23 @@ class QuantizedSite(nn.Module):
         super()._apply(lambda tensor: move_only(fn, tensor), recurse)
         wanted = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         self.compute_dtype = wanted if wanted in COMPUTE_DTYPES else self.compute_dtype
-        if self.codes.device.type != device.type:
-            self._follow_move()
+        if self.codes.device.type != device.type or self.row_dtype != self.compute_dtype:
+            self.row_dtype = self.compute_dtype
+            self._follow()
         return self
 
-    def _follow_move(self) -> None:
-        """Keep what is packed where the new device wants the same (offloading moves back and forth)."""
-        here = self._wanted()
-        if self.packed is not None and self.packed[:2] == here[:2] and self.has_data():
+    def _follow(self) -> None:
+        """After a move or a cast: what is packed is kept where the same is wanted here; what a GPU's kernels want of it
+        waits, being little, as offloading moves back and forth."""
+        here = self._wanted() if self.has_data() else None
+        if here is None or self.packed is None:
+            self._unpack()
+        elif self.packed[:2] == here[:2] and self.packed.dtype == here.dtype:
             self.packed = here
             return
-        self._unpack()
-        if here[2] == "cuda":
+        elif here.device == "cuda" or self.mma_scales is None:
+            self._unpack()
+        if self.codes.device.type == "cuda" and self.has_data():
             self.pack()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -355,32 +392,9 @@ class _StraightThrough(torch.autograd.Function):
         return (grad.float() @ ctx.site.effective_weight()).to(grad.dtype), None
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate takes the tensors away between calls: folded weights would stay behind, so none are made."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
-
-
 def wants_gradient(rows: Tensor) -> bool:
     return rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
-    module.weight.data.copy_(weight)
-    if bias is not None:
-        module.bias.data.copy_(bias)
-    return module.requires_grad_(False)
-
-
-def move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """fn's change of device without its change of dtype."""
-    probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-    return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
-
-
 def _data(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.data
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

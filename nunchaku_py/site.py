@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -13,13 +13,15 @@ import torch
 from .errors import NunchakuError
 from .formats import Format, format_of, group_count
 from .ops import ActSpec, LinearSpec, linear_w4a16
+from .ops.spec import MMA
 from .tensor import QTensor
 
 Kind = Literal["w4a4", "w4a16"]
 Mode = Literal["a4", "a8", "a16"]
 MODES: tuple[Mode, ...] = ("a4", "a8", "a16")
-# Of an a8 site's weights: INT8 beside the codes; the codes and the scales that rows fold to; the codes alone.
-Residency = Literal["folded", "scaled", "codes"]
+# Of an a8 site's weights: INT8 beside the codes; the codes and the scales that rows fold to; the codes alone. Of an a4
+# site's: the codes alone, or with scales in the layout of the CUDA kernels.
+Residency = Literal["folded", "scaled", "codes", "mma"]
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,9 @@ class Site:
         return ActSpec("uint4" if self.unsigned_act else "int4", self.group, self.shift)
 
     def linear_spec(self, mode: Mode, k: int, residency: Residency = "codes") -> LinearSpec:
-        """residency concerns a8 only."""
         act = self.act_spec(mode)
+        if residency == "mma":
+            return LinearSpec(self.format, self.group, k, replace(act, layout=MMA), layout=MMA)
         if act.format != "int8" or residency == "codes":
             return LinearSpec(self.format, self.group, k, act)
         if residency == "folded":

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NunchakuError
-from .linear import QuantPart, dtype_name, filled, move_only
+from .linear import QuantPart
+from .module_tools import dtype_name, filled, move_only
 from .precision import as_autocast
 from .site import Site
 

@@ -68,8 +68,8 @@ class _Sharing:
         linear = self._linear
         if is_hooked(linear) or not linear.site.has_smooth or x.shape[-1] != linear.in_features or wants_gradient(x):
             return linear(x)
-        linear.ensure_packed()
         cast = as_autocast(x)
+        linear.ensure_packed(cast.dtype)
         return linear.multiply(self._quantized(x, cast), cast.dtype).reshape(*x.shape[:-1], linear.out_features)
 
     def _quantized(self, x: Tensor, cast: Tensor) -> QuantizedInput:

@@ -2,21 +2,21 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sys
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks import cuda_issue
+from benchmarks.sass import Kernel, find_cuobjdump, kernels
 from tests.simt import build
 from tests.test_packaging import builder
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("75", "80", "86", "89", "90", "120a")
 S4_TARGETS = ("80", "86", "89")  # where m16n8k64 on 4-bit integers is one instruction
-TRITON = Path("triton/backends/nvidia/bin")  # where Triton keeps the tools that it brings along
 
 LDMATRIX = {f"LDSM.16.{kind}{count}": 1 for kind in ("M88", "MT88") for count in ("", ".2", ".4")}
 NATIVE = {  # probe of tests/simt/probes.cuh, targets → how often it has which instruction
@@ -44,12 +44,6 @@ NATIVE = {  # probe of tests/simt/probes.cuh, targets → how often it has which
 INSTRUCTION = re.compile(r"\b(?:IMMA|HMMA|OMMA|LDSM|LDGSTS|SHFL|MUFU)[.A-Z0-9]*")
 
 
-def find_cuobjdump(nvcc: str) -> str | None:
-    folders = [Path(nvcc).resolve().parent, Path("/usr/local/cuda/bin"), *(Path(entry) / TRITON for entry in sys.path)]
-    found = (shutil.which("cuobjdump", path=path) for path in (None, *map(str, folders)))
-    return next(filter(None, found), None)
-
-
 def nvcc_command(nvcc: str, *arguments: str) -> list[str]:
     return [nvcc, "-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}", *arguments]
 
@@ -66,27 +60,16 @@ def compiled(nvcc: str, name: str, targets: tuple[str, ...]) -> Path:
     return build.cached(command, name, ".fatbin")
 
 
-def instructions_in(nvcc: str, binary: Path) -> dict[tuple[str, str], Counter[str]]:
-    """(target, mangled name of a kernel) → how often it has which of the instructions looked for."""
-    cuobjdump = find_cuobjdump(nvcc) or pytest.skip("no cuobjdump to read device code with")
-    listing = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
-    found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    target = kernel = ""
-    for line in listing.splitlines():
-        if match := re.match(r"\s*arch = sm_(\w+)", line):
-            target = match[1]
-        elif match := re.match(r"\s*Function : (\S+)", line):
-            kernel = match[1]
-            found[target, kernel].clear()
-        else:
-            found[target, kernel].update(INSTRUCTION.findall(line))
-    return found
+def kernels_in(nvcc: str, binary: Path) -> Iterator[Kernel]:
+    return kernels(find_cuobjdump(nvcc) or pytest.skip("no cuobjdump to read device code with"), binary)
 
 
 @pytest.fixture(scope="module")
 def instructions(nvcc: str) -> dict[tuple[str, str], Counter[str]]:
-    """Of the probes."""
-    return instructions_in(nvcc, compiled(nvcc, "probes", TARGETS))
+    """(target, mangled name of a probe) → how often it has which of the instructions looked for."""
+    return {(kernel.target, kernel.name): Counter({name: count for name, count in kernel.counts().items()
+                                                   if INSTRUCTION.match(name)})
+            for kernel in kernels_in(nvcc, compiled(nvcc, "probes", TARGETS))}
 
 
 def test_every_target_is_there(instructions: dict) -> None:
@@ -101,16 +84,40 @@ def test_wrapper_becomes_its_instruction(instructions: dict, probe: str, targets
         assert counts == [Counter(NATIVE[probe, targets])], target
 
 
-def test_kernels_are_made_of_native_instructions(nvcc: str) -> None:
-    """A warp's tile of 64 × 64 is 4 × 8 products for each group; there is no other way to multiply 4-bit integers."""
-    kernels = instructions_in(nvcc, compiled(nvcc, "kernels", ("80", "89")))
-    linears = {key: counts for key, counts in kernels.items() if "linear_w4a4" in key[1]}
-    assert len(linears) == 2 * 5 and sum("quantize_act_kernel" in kernel for _, kernel in kernels) == 2 * 2
-    for (target, kernel), counts in linears.items():
-        found = {name: count for name, count in counts.items() if name.startswith("IMMA")}
-        unsigned = "GateResidual" in kernel
-        assert found == {f"IMMA.16864.{'U4' if unsigned else 'S4'}.S4": 32}, (target, kernel)
-        assert any(name.startswith("LDGSTS.E.BYPASS.128") for name in counts), (target, kernel)
+@pytest.fixture(scope="module")
+def objects(nvcc: str) -> list[Path]:
+    """What an installation builds, for all its targets."""
+    return builder.compile_cuda(nvcc, builder.cuda_targets(nvcc), ROOT / "build/cuda")
+
+
+LINEAR = re.compile(r"TileILi\d+ELi\d+ELi(\d+)ELi(\d+)ELi\d+EEELb([01])E")  # a warp's tile; unsigned codes
+
+
+def test_int4_kernels_multiply_natively_and_spill_nothing(nvcc: str, objects: list[Path]) -> None:
+    """A product for each pair of a warp's fragments and each of a stage's two groups, and no other way to multiply
+    4-bit integers; copies of 16 bytes; nothing in local memory."""
+    linears = Counter()
+    for kernel in (kernel for binary in objects for kernel in kernels_in(nvcc, binary)):
+        if kernel.target not in S4_TARGETS:
+            continue
+        counts = kernel.counts()
+        assert not [name for name in counts if name.startswith(("LDL", "STL"))], kernel.name
+        if found := LINEAR.search(kernel.name):
+            rows, columns, is_unsigned = map(int, found.groups())
+            products = {name: count for name, count in counts.items() if name.startswith("IMMA")}
+            expected = {f"IMMA.16864.{'SU'[is_unsigned]}4.S4": 2 * (rows // 16) * (columns // 8)}
+            assert products == expected, (kernel.target, kernel.name)
+            assert any(name.startswith("LDGSTS.E.BYPASS.128") for name in counts), (kernel.target, kernel.name)
+            linears[kernel.target] += 1
+    tiles, types, endings_and_signs = 3, 2, 2 + 2 + 1 + 1 + 1
+    assert linears == dict.fromkeys(S4_TARGETS, tiles * types * endings_and_signs)
+
+
+def test_instructions_for_each_product(objects: list[Path]) -> None:
+    """The main loop of the large tile must leave the tensor cores of sm_86 and 89 the narrower place: 16 cycles."""
+    lines = [line for line in map(cuda_issue.line, cuda_issue.plain_kernels()) if "128 × 128" in line]
+    large = {line.split()[0]: float(line.partition(")")[2].split()[0]) for line in lines}
+    assert set(large) == {f"sm_{target}" for target in S4_TARGETS} and max(large.values()) <= 13
 
 
 def test_a_target_without_the_instruction_is_refused_in_a_sentence(nvcc: str, tmp_path: Path) -> None:

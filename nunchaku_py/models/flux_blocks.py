@@ -168,7 +168,7 @@ def single_refuses(block: nn.Module) -> str | None:
     return (why_not_installed(block) or _modulation_refuses("norm", block.norm) or _attention_refuses(attention)
             or _projections_refuse(*(getattr(attention, name) for name in IMAGE), block.proj_mlp)
             or _split_refuses(block.proj_out, block.proj_mlp)
-            or _gelu_refuses(block.act_mlp) or no_ending(block.proj_mlp, GELU))
+            or _gelu_refuses(block.act_mlp) or no_ending(block.proj_mlp, GELU, block.proj_out.parts[1]))
 
 
 def _split_refuses(linear: nn.Module, mlp: nn.Module) -> str | None:

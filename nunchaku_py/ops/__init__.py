@@ -37,4 +37,5 @@ __all__ = [
     "norm_modulate_quantize", "quantize_act",
 ]
 
-from ..backends import cpu as _cpu  # noqa: E402, F401  (last: it registers itself with the ops above)
+from ..backends import cpu as _cpu  # noqa: E402, F401  (last: they register themselves with the ops above)
+from ..backends import cuda as _cuda  # noqa: E402, F401

@@ -21,7 +21,7 @@ from .checks import FLOATS, Expected, expect, expect_matrix, expect_that
 from .epilogue import EPILOGUES, Epilogue
 from .quantize_act import unpack
 from .registry import Op
-from .spec import LinearSpec
+from .spec import ROW, LinearSpec
 
 LINEAR = ("qx", "sx", "qw", "sw", "aux", "h", "up", "bias")
 LONGEST_INT8 = (2**31 - 1) // 127**2
@@ -68,7 +68,7 @@ def _compose(accumulate: Accumulate, epilogue: Epilogue, acts: tuple[str, ...], 
 
 def _row_layout(spec: LinearSpec) -> bool:
     """Packed tensors have the shapes their backend gave them; only that backend can check them."""
-    return all(layout == "row" for layout in spec.layouts)
+    return all(layout == ROW for layout in spec.layouts)
 
 
 def _signature(epilogue: Epilogue) -> inspect.Signature:

@@ -115,12 +115,13 @@ class Op:
         found = self.backends.get(name)
         if found is None:
             return "not built"
-        if self.spec_class:
-            foreign = [layout for layout in args[-1].layouts if layout not in found.layouts]
-            if foreign:
-                taken = ", ".join(sorted(found.layouts))
-                return f"a tensor is laid out as '{foreign[0]}', this backend takes '{taken}'"
-        return found.refuses(*args)
+        return found.refuses(*args) or self._refused_layout(found, args)
+
+    def _refused_layout(self, found: Backend, args: tuple) -> str | None:
+        layouts = args[-1].layouts if self.spec_class else ()
+        foreign = [layout for layout in layouts if layout not in found.layouts]
+        taken = ", ".join(sorted(found.layouts))
+        return f"a tensor is laid out as '{foreign[0]}', this backend takes '{taken}'" if foreign else None
 
     def _register(self, fake: Callable[..., Any]) -> None:
         """The op as torch.compile sees it: tensors, and the spec as its token."""

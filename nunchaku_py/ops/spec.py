@@ -17,6 +17,15 @@ WeightName = Literal["int4", "uint4", "nvfp4", "int8"]
 Norm = Literal["none", "layer", "rms"]
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
 _Spec = TypeVar("_Spec", bound="_Token")
+# Layouts of tensors: codes and scales in rows, as files hold them; or codes in rows and scales (G, padded_rows) in the
+# order in which the threads of a tensor core instruction read them (csrc/cuda/common/scales.h).
+ROW, MMA = "row", "mma"
+MMA_ROWS = 64
+
+
+def padded_rows(rows: int) -> int:
+    """How many rows the scales of an MMA layout have for so many."""
+    return -(-rows // MMA_ROWS) * MMA_ROWS
 
 
 class _Token:
@@ -71,7 +80,7 @@ class ActSpec(_Token):
     shift: float = 0.0
     norm: Norm = "none"
     eps: float = 1e-6
-    layout: str = "row"
+    layout: str = ROW
     token: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +110,7 @@ class LinearSpec(_Token):
     group: int
     k: int
     act: ActSpec
-    layout: str = "row"
+    layout: str = ROW
     row_scales: bool = False
     activation: Activation = "none"
     gate_first: bool = False

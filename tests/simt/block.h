@@ -138,6 +138,7 @@ inline void check_launch(dim3 block, std::size_t shared_bytes) {
 inline void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared_bytes) {
   check_launch(block, shared_bytes);
   const unsigned blocks = grid.x * grid.y * grid.z;
+  if (blocks == 0) throw Error("launch: a grid without blocks");
   std::atomic<unsigned> next = 0;
   std::exception_ptr error;
   std::mutex guard;

@@ -1,5 +1,6 @@
 // The kernel of linear_w4a4 for sm_80 for test_linear_w4a4.py.
 #include "call.h"
+#include "cuda/linear_w4a4/config.h"
 #include "cuda/linear_w4a4/kernel_sm80.cuh"
 
 using namespace nunchaku_py::cuda;
@@ -12,7 +13,7 @@ struct Sizes {
 template <class Tile, bool UNSIGNED, class T, class Epilogue>
 void run_linear(const Operands<T>& in, const LowRank<T>& branch, const float* bias, const Epilogue& epilogue) {
   const dim3 grid{unsigned(in.M + Tile::BM - 1) / Tile::BM, unsigned(in.N + Tile::BN - 1) / Tile::BN};
-  launch(linear_w4a4_kernel<Tile, UNSIGNED, T, Epilogue>, grid, Tile::THREADS, stages_bytes<Tile>(), nullptr,
+  launch(linear_w4a4_kernel<Tile, UNSIGNED, T, Epilogue>, grid, Tile::THREADS, shared_bytes<Tile>(), nullptr,
          Linear<T>{in, branch, bias}, epilogue);
 }
 
@@ -29,8 +30,6 @@ const char* linear(Call& call, Array qx, Array sx, Array qw, Array sw, Array h, 
   });
 }
 
-using Large = Tile<128, 128, 64, 64, 2>;
-using Small = Tile<32, 128, 16, 64, 3>;
 #define EXPORT(name, TILE, UNSIGNED, T)                                                                           \
   SIMT_EXPORT const char* name(Call& call, Array qx, Array sx, Array qw, Array sw, Array h, Array up, Array bias, \
                                Array y, int m, int n, int k, int r) {                                             \
@@ -38,5 +37,6 @@ using Small = Tile<32, 128, 16, 64, 3>;
   }
 EXPORT(large_int4_bfloat16, Large, false, bf16)
 EXPORT(large_uint4_float16, Large, true, f16)
+EXPORT(medium_int4_bfloat16, Medium, false, bf16)
 EXPORT(small_int4_float16, Small, false, f16)
 EXPORT(small_uint4_bfloat16, Small, true, bf16)

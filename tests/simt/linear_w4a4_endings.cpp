@@ -1,5 +1,6 @@
 // The endings of linear_w4a4 for test_linear_w4a4_endings.py.
 #include "call.h"
+#include "cuda/linear_w4a4/config.h"
 #include "cuda/linear_w4a4/next_act.cuh"
 
 using namespace nunchaku_py::cuda;
@@ -26,13 +27,13 @@ struct Common {
 #define COMMON Array qx, Array sx, Array qw, Array sw, Array h, Array up, Array bias, int m, int n, int k, int r
 #define COMMON_ARRAYS qx, sx, qw, sw, h, up, bias
 
-using Ordinary = Tile<64, 128, 32, 64, 2>;
+using Ordinary = Medium;
 
 template <class Epilogue>
 void run_linear(const Linear<T>& p, const Epilogue& epilogue) {
   const dim3 grid{unsigned(p.in.M + Ordinary::BM - 1) / Ordinary::BM,
                   unsigned(p.in.N + Ordinary::BN - 1) / Ordinary::BN};
-  launch(linear_w4a4_kernel<Ordinary, false, T, Epilogue>, grid, Ordinary::THREADS, stages_bytes<Ordinary>(), nullptr,
+  launch(linear_w4a4_kernel<Ordinary, false, T, Epilogue>, grid, Ordinary::THREADS, shared_bytes<Ordinary>(), nullptr,
          p, epilogue);
 }
 
@@ -81,7 +82,7 @@ const char* run_next(Call& call, COMMON, Array inv_smooth, Array down, Array nex
                              width,        ranks,         !GATED && option};
     const dim3 grid{unsigned(m + Ordinary::BM - 1) / Ordinary::BM, unsigned(blocks)};
     launch(linear_w4a4_next_kernel<Ordinary, false, T, Z>, grid, Ordinary::THREADS,
-           stages_bytes<Ordinary>() + sizeof(Hidden<Ordinary, T>), nullptr,
+           shared_bytes<Ordinary>(sizeof(Hidden<Ordinary, T>)), nullptr,
            in.linear(m, n, k, r, GATED ? n / 2 - GROUP : 0), next, make, tiles);
     launch(sum_hidden_kernel<128>, dim3{unsigned(m * ranks + 127) / 128}, 128, 0, nullptr, parts.data(), blocks,
            hidden.data(), m * ranks);

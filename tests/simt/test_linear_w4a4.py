@@ -9,7 +9,8 @@ from nunchaku_py.ops import ActSpec, LinearSpec, linear_w4a4
 from tests.simt.build import Call
 from tests.simt.layouts import of_channels, of_tokens
 
-KERNELS = ("large_int4_bfloat16", "large_uint4_float16", "small_int4_float16", "small_uint4_bfloat16")
+KERNELS = ("large_int4_bfloat16", "large_uint4_float16", "medium_int4_bfloat16", "small_int4_float16",
+           "small_uint4_bfloat16")
 
 
 def operands(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,9 +1,19 @@
-// Values from other lanes, all 32 lanes taking part. __syncwarp, and shuffles of fewer lanes or within segments
-// (__shfl_xor_sync …), are CUDA's own; tests/simt has them by the same names.
+// A thread's number, and values from other lanes, all 32 lanes taking part. __syncwarp, and shuffles of fewer lanes or
+// within segments (__shfl_xor_sync …), are CUDA's own; tests/simt has them by the same names.
 #pragma once
 #include "cuda/common/platform.cuh"
 
 namespace nunchaku_py::cuda {
+
+// threadIdx.x, of which the compiler does not know that it stays the same: what is worked out from it is worked out
+// where it is wanted, and occupies no register over a loop.
+DEVICE int this_thread() {
+  int thread = threadIdx.x;
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(thread));
+#endif
+  return thread;
+}
 
 template <class T>
 DEVICE T shfl_xor(T value, int lane_mask) {  // of lane own ^ lane_mask

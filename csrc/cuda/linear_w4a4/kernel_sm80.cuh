@@ -14,17 +14,18 @@ struct Linear {
   const float* bias;  // (N)
 };
 
+// Shared memory for the main loop, and after it for a slab and what an epilogue lays behind it.
 template <class Tile>
-HOST_DEVICE constexpr int stages_bytes() {
-  const int stages = sizeof(Stage<Tile>) * Tile::STAGES, slab = sizeof(Slab<Tile>);
-  return stages > slab ? stages : slab;  // one after the other in the same memory
+HOST_DEVICE constexpr int shared_bytes(int behind_slab = 0) {
+  const int buffers = sizeof(Buffers<Tile>), later = sizeof(Slab<Tile>) + behind_slab;
+  return buffers > later ? buffers : later;
 }
 
 template <bool UNSIGNED, class Tile, class T>
-DEVICE void compute(Sums<Tile>& acc, void* shared, const Linear<T>& p, const Place<Tile>& at) {
-  multiply<UNSIGNED, Tile>(acc, static_cast<Stage<Tile>*>(shared), p.in, at);
+DEVICE void compute(Sums<Tile>& acc, void* shared, const Linear<T>& p, Corner corner) {
+  multiply<UNSIGNED, Tile>(acc, *static_cast<Buffers<Tile>*>(shared), p.in, corner);
   cp_async_wait<0>();
-  add_low_rank<Tile>(acc, p.branch, p.in.M, p.in.N, at);
+  add_low_rank<Tile>(acc, p.branch, p.in.M, p.in.N, corner);
 }
 
 DEVICE void add_bias(float (&y)[VECTOR], const float* bias) {
@@ -33,11 +34,12 @@ DEVICE void add_bias(float (&y)[VECTOR], const float* bias) {
 }
 
 template <class Tile, bool UNSIGNED, class T, class Epilogue>
-__global__ void __launch_bounds__(Tile::THREADS) linear_w4a4_kernel(Linear<T> p, Epilogue epilogue) {
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) linear_w4a4_kernel(Linear<T> p, Epilogue epilogue) {
   SHARED_DYNAMIC(shared);
-  const Place<Tile> at{int(blockIdx.x) * Tile::BM, int(blockIdx.y) * Tile::BN, 0};
+  const Corner corner = {int(blockIdx.x) * Tile::BM, int(blockIdx.y) * Tile::BN, 0};
   Sums<Tile> acc = {};
-  compute<UNSIGNED, Tile>(acc, shared, p, at);
+  compute<UNSIGNED, Tile>(acc, shared, p, corner);
+  const Place<Tile> at{corner};
   const auto visit = [&](float(&y)[VECTOR], int, int row, int column) {
     const Cell cell = {at.m0 + row, at.n0 + column, at.m0 + row < p.in.M && at.n0 + column < p.in.N};
     if (cell.inside) add_bias(y, p.bias + cell.column);

@@ -10,6 +10,7 @@
 #include "cuda/common/memory.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/platform.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/linear_w4a4/tile.h"
 
 namespace nunchaku_py::cuda {
@@ -38,85 +39,123 @@ DEVICE int chunk_offset(int row, int chunk) {
   return row * STAGE_ROW + (chunk ^ row / 2 % CHUNKS) * 16;
 }
 
+struct Corner {
+  int m0, n0, jump;  // of a tile in y; Operands::jump
+};
+
 // Where a thread stands: its warp's corner in the block's tile, and its place in every fragment (row g,
-// columns 2t and 2t + 1).
+// columns 2t and 2t + 1). Each part of a kernel finds it for itself, so that none keeps it in registers for another.
 template <class Tile>
-struct Place {
-  int m0, n0, jump;  // the tile's corner in y, and Operands::jump
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+struct Place : Corner {
+  int thread = this_thread(), lane = thread % 32, warp = thread / 32;
   int row = warp / Tile::WARPS_N * Tile::WM, column = warp % Tile::WARPS_N * Tile::WN;
   int g = lane / 4, t = lane % 4;
-  // Where ldmatrix finds this thread's row of the first fragments of x, and of w, in a stage's first group. Sixteen
-  // rows on the chunks have the same places again; the next group is 32 bytes away, in the exclusive sense of the
-  // swizzle.
-  int x = chunk_offset(row + lane % 16, lane / 16);
-  int w = chunk_offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  int sx = row / SCALE_BLOCK * SCALE_BLOCK + g * 8 + (m0 + row) % SCALE_BLOCK / 8;
-  int sw = column / SCALE_BLOCK * SCALE_BLOCK + t * 16 + column % SCALE_BLOCK / 4;
 
   DEVICE int channel(int of_tile) const { return n0 + of_tile + (of_tile >= SCALE_BLOCK ? jump : 0); }
 };
 
-// ---- global → shared ------------------------------------------------------------------------------------------------
-// What one thread copies for each stage: every THREADS-th chunk of codes, and eight scales if it is one of the first.
-// All addresses are worked out once; a stage further they are a constant apart.
-template <class Tile, class T>
-class Copier {
-  static constexpr int STEP = Tile::THREADS / CHUNKS;  // rows between two chunks of a thread
-  static constexpr int X = Tile::BM / STEP, W = Tile::BN / STEP, EIGHTS = (Tile::SCALED_ROWS + Tile::BN) / 8;
+// ---- what a thread does for each stage ------------------------------------------------------------------------------
+// Where it reads and writes, worked out once. It waits in shared memory: registers are for sums, and the compiler would
+// work it out again for each stage rather than keep it.
+template <class Tile>
+struct alignas(16) Notes {
+  static constexpr int STEP = Tile::THREADS / CHUNKS;  // rows between two chunks that a thread copies
+  static constexpr int X = Tile::BM / STEP, W = Tile::BN / STEP;
   static_assert(Tile::BM % STEP == 0 && Tile::BN % STEP == 0, "every thread copies as many chunks");
-  static_assert(DEPTH * EIGHTS <= Tile::THREADS, "a thread copies eight scales at most");
 
-  const uint8_t *x_, *w_;
-  const T* scale_ = nullptr;
-  size_t far_, jump_;   // bytes from a row to the one STEP further; and what the second 64 columns are further still
-  int codes_, scales_;  // where in a stage
-  int scale_pitch_ = 0;
-  int left_, scales_left_ = 0;  // groups to copy, if positive: beyond the end of K is zero
-  uint32_t inside_ = 0;         // a bit for each chunk: rows beyond the end are zero
-
- public:
-  DEVICE Copier(const Operands<T>& in, const Place<Tile>& at) {
-    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-    const size_t pitch = in.K / 2;
-    x_ = in.qx + (at.m0 + row) * pitch + chunk * 16;
-    w_ = in.qw + (at.n0 + row) * pitch + chunk * 16;
-    far_ = STEP * pitch, jump_ = in.jump * pitch;
-    left_ = in.K / GROUP - chunk / 2;
-    codes_ = chunk_offset(row, chunk);
-    for (int i = 0; i < X; ++i) inside_ |= uint32_t(at.m0 + row + i * STEP < in.M) << i;
-    for (int i = 0; i < W; ++i) inside_ |= uint32_t(at.channel(row + i * STEP) < in.N) << (X + i);
-    if (threadIdx.x < DEPTH * EIGHTS) find_scales(in, at, threadIdx.x / EIGHTS, threadIdx.x % EIGHTS * 8);
-  }
-
-  DEVICE void next(Stage<Tile>& stage) {
-    const uint32_t inside = left_ > 0 ? inside_ : 0;
-#pragma unroll
-    for (int i = 0; i < X; ++i)
-      cp_async16(stage.x + codes_ + i * STEP * STAGE_ROW, x_ + i * far_, inside >> i & 1 ? 16 : 0);
-#pragma unroll
-    for (int i = 0; i < W; ++i)
-      cp_async16(stage.w + codes_ + i * STEP * STAGE_ROW, w_ + i * far_ + (i * STEP >= SCALE_BLOCK ? jump_ : 0),
-                 inside >> (X + i) & 1 ? 16 : 0);
-    if (scale_) {
-      cp_async16(reinterpret_cast<uint8_t*>(&stage) + scales_, scale_, scales_left_ > 0 ? 16 : 0);
-      scale_ += DEPTH * size_t(scale_pitch_);
-    }
-    x_ += STAGE_ROW, w_ += STAGE_ROW;
-    left_ -= DEPTH, scales_left_ -= DEPTH;
-  }
-
- private:
-  // Of `group`, the eight from `first` on of the scales that a stage has.
-  DEVICE void find_scales(const Operands<T>& in, const Place<Tile>& at, int group, int first) {
-    const bool of_x = first < Tile::SCALED_ROWS;
-    const int row = of_x ? at.m0 / SCALE_BLOCK * SCALE_BLOCK + first : at.channel(first - Tile::SCALED_ROWS);
-    scale_pitch_ = scale_rows(of_x ? in.M : in.N);
-    scales_left_ = row < scale_pitch_ ? in.K / GROUP - group : 0;
-    scale_ = (of_x ? in.sx : in.sw) + size_t(group) * scale_pitch_ + row;
-    scales_ = (Tile::BM + Tile::BN) * STAGE_ROW + (group * EIGHTS * 8 + first) * 2;
-  }
+  // In a stage, of x in the lower half, of w in the upper: what ldmatrix wants of a thread for the first fragments of
+  // the first group; and the scales of its fragments.
+  uint32_t fragments, scales;
+  uint32_t scale, scale_step;  // eight scales to copy, from the operand's first; to those of the next stage
+  uint32_t x[X], w[W];         // bytes to the chunks to copy, from the operand's first
 };
+
+DEVICE int lower(uint32_t halves) {
+  return halves & 0xffff;
+}
+DEVICE int upper(uint32_t halves) {
+  return halves >> 16;
+}
+
+// Rows beyond the end are the last one again: what comes of them is not written.
+DEVICE uint32_t row_offset(int row, int rows, int K) {
+  return uint32_t(row < rows ? row : rows - 1) * (K / 2);
+}
+
+// Which scales of a group a thread copies, if any: of x, then of w, eight of each stage's DEPTH groups.
+template <class Tile>
+struct Eight {
+  static constexpr int COUNT = (Tile::SCALED_ROWS + Tile::BN) / 8;
+  static_assert(DEPTH * COUNT <= Tile::THREADS, "a thread copies eight scales at most");
+  int thread, group = thread / COUNT, first = thread % COUNT * 8;
+  bool of_x = first < Tile::SCALED_ROWS;
+};
+
+template <class Tile, class T>
+DEVICE void note_scales(Notes<Tile>& notes, const Operands<T>& in, const Place<Tile>& at) {
+  const Eight<Tile> eight{at.thread};
+  const int row = eight.of_x ? at.m0 / SCALE_BLOCK * SCALE_BLOCK + eight.first
+                             : at.channel(eight.first - Tile::SCALED_ROWS);
+  const int pitch = scale_rows(eight.of_x ? in.M : in.N);
+  notes.scale = eight.group * pitch + (row < pitch ? row : pitch - 8);
+  notes.scale_step = DEPTH * pitch;
+}
+
+template <class Tile, class T>
+DEVICE Notes<Tile> noted(const Operands<T>& in, const Place<Tile>& at) {
+  Notes<Tile> notes;
+  // Sixteen rows on the chunks of the swizzle have the same places again; the next group is 32 bytes away, in its
+  // exclusive sense.
+  notes.fragments = chunk_offset(at.row + at.lane % 16, at.lane / 16) |
+                    chunk_offset(at.column + at.lane / 16 * 8 + at.lane % 8, at.lane / 8 % 2) << 16;
+  const int scales_x = at.row / SCALE_BLOCK * SCALE_BLOCK + at.g * 8 + (at.m0 + at.row) % SCALE_BLOCK / 8;
+  const int scales_w = at.column / SCALE_BLOCK * SCALE_BLOCK + at.t * 16 + at.column % SCALE_BLOCK / 4;
+  notes.scales = scales_x | (Tile::SCALED_ROWS + scales_w) << 16;
+  note_scales(notes, in, at);
+  const int row = at.thread / CHUNKS, chunk = at.thread % CHUNKS * 16;
+  for (int i = 0; i < notes.X; ++i) notes.x[i] = row_offset(at.m0 + row + i * notes.STEP, in.M, in.K) + chunk;
+  for (int i = 0; i < notes.W; ++i) notes.w[i] = row_offset(at.channel(row + i * notes.STEP), in.N, in.K) + chunk;
+  return notes;
+}
+
+template <class Tile>
+DEVICE void store_notes(Notes<Tile>& to, const Notes<Tile>& notes) {
+  for (size_t i = 0; i < sizeof(notes) / 16; ++i)
+    sts(reinterpret_cast<uint4*>(&to) + i, reinterpret_cast<const uint4*>(&notes)[i]);
+}
+
+template <class Tile>
+DEVICE Notes<Tile> load_notes(const Notes<Tile>& from) {
+  Notes<Tile> notes;
+  for (size_t i = 0; i < sizeof(notes) / 16; ++i)
+    reinterpret_cast<uint4*>(&notes)[i] = lds<uint4>(reinterpret_cast<const uint4*>(&from) + i);
+  return notes;
+}
+
+// ---- global → shared ------------------------------------------------------------------------------------------------
+// Stage k: every THREADS-th chunk of codes is a thread's own, and eight scales if it is one of the first. `groups`: how
+// many there still are from this stage on.
+template <class Tile, class T>
+DEVICE void copy_stage(Stage<Tile>& stage, const Operands<T>& in, const Notes<Tile>& notes, int k, int groups) {
+  // Where one group is left, the second half of the chunks would be beyond the end of the row: the first half again.
+  const bool beyond = groups < DEPTH && threadIdx.x % CHUNKS >= CHUNKS / DEPTH;
+  const int from = k * STAGE_ROW - (beyond ? ROW_BYTES : 0);
+  const int to = chunk_offset(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
+#pragma unroll
+  for (int i = 0; i < notes.X; ++i)
+    cp_async16(stage.x + to + i * notes.STEP * STAGE_ROW, in.qx + from + notes.x[i], 16);
+#pragma unroll
+  for (int i = 0; i < notes.W; ++i)
+    cp_async16(stage.w + to + i * notes.STEP * STAGE_ROW, in.qw + from + notes.w[i], 16);
+  const Eight<Tile> eight{int(threadIdx.x)};
+  uint16_t* const scales = &stage.scales[0][0] + threadIdx.x * 8;
+  const uint32_t scale = notes.scale + k * notes.scale_step;
+  if (eight.group >= (groups < DEPTH ? groups : DEPTH)) return;
+  if (eight.of_x)  // two instructions, so that no pointer need be kept
+    cp_async16(scales, in.sx + scale, 16);
+  else
+    cp_async16(scales, in.sw + scale, 16);
+}
 
 // ---- shared → registers → sums --------------------------------------------------------------------------------------
 template <class Tile>
@@ -135,18 +174,9 @@ DEVICE void load_words(uint32_t (&to)[WORDS], const void* shared) {
   }
 }
 
-// Pairs of scales, neighbours in memory.
-template <class T, int PAIRS>
-DEVICE void load_scales(float (&to)[PAIRS][2], const uint16_t* shared) {
-  uint32_t words[PAIRS];
-  load_words(words, shared);
-#pragma unroll
-  for (int i = 0; i < PAIRS; ++i) cvt_f32x2<T>(to[i], words[i]);
-}
-
 template <bool UNSIGNED>
-DEVICE void multiply_group(float (&acc)[4], const uint32_t (&x)[4], const uint32_t (&w)[2], const float (&sx)[2],
-                           const float (&sw)[2], const float (&off)[2]) {
+DEVICE void multiply_fragments(float (&acc)[4], const uint32_t (&x)[4], const uint32_t (&w)[2], const float (&sx)[2],
+                               const float (&sw)[2], const float (&off)[2]) {
   int sum[4];
   if constexpr (UNSIGNED)
     mma_m16n8k64_u4s4_from(sum, x, w, WHOLE_BITS);
@@ -160,44 +190,59 @@ DEVICE void multiply_group(float (&acc)[4], const uint32_t (&x)[4], const uint32
 }
 
 template <bool UNSIGNED, class T, class Tile>
-DEVICE void multiply_stage(Sums<Tile>& acc, const Stage<Tile>& stage, int group, const Place<Tile>& at) {
-  float sx[Tile::MT][2], sw[Tile::NT][2];
-  load_scales<T>(sx, stage.scales[group] + at.sx);
-  load_scales<T>(sw, stage.scales[group] + Tile::SCALED_ROWS + at.sw);
+DEVICE void multiply_group(Sums<Tile>& acc, const Stage<Tile>& stage, int group, const Notes<Tile>& at) {
+  uint32_t pairs_x[Tile::MT], pairs_w[Tile::NT];  // of scales; w's stay in 16 bits until they are used, once
+  load_words(pairs_x, stage.scales[group] + lower(at.scales));
+  load_words(pairs_w, stage.scales[group] + upper(at.scales));
+  float sx[Tile::MT][2];
+#pragma unroll
+  for (int m = 0; m < Tile::MT; ++m) cvt_f32x2<T>(sx[m], pairs_x[m]);
   uint32_t x[Tile::MT][4];
 #pragma unroll
-  for (int m = 0; m < Tile::MT; ++m) ldmatrix_x4(x[m], stage.x + (at.x ^ group * ROW_BYTES) + m * 16 * STAGE_ROW);
+  for (int m = 0; m < Tile::MT; ++m)
+    ldmatrix_x4(x[m], stage.x + (lower(at.fragments) ^ group * ROW_BYTES) + m * 16 * STAGE_ROW);
 #pragma unroll
   for (int n = 0; n < Tile::NT; n += 2) {
     uint32_t w[4];  // of two fragments
-    ldmatrix_x4(w, stage.w + (at.w ^ group * ROW_BYTES) + n * 8 * STAGE_ROW);
+    ldmatrix_x4(w, stage.w + (upper(at.fragments) ^ group * ROW_BYTES) + n * 8 * STAGE_ROW);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float off[2] = {-WHOLE * sw[n + j][0], -WHOLE * sw[n + j][1]};  // exact: a scale has 11 bits at most
+      float sw[2];
+      cvt_f32x2<T>(sw, pairs_w[n + j]);
+      const float off[2] = {-WHOLE * sw[0], -WHOLE * sw[1]};  // exact: a scale has 11 bits at most
 #pragma unroll
       for (int m = 0; m < Tile::MT; ++m)
-        multiply_group<UNSIGNED>(acc[m][n + j], x[m], {w[j * 2], w[j * 2 + 1]}, sx[m], sw[n + j], off);
+        multiply_fragments<UNSIGNED>(acc[m][n + j], x[m], {w[j * 2], w[j * 2 + 1]}, sx[m], sw, off);
     }
   }
 }
 
+template <class Tile>
+struct Buffers {
+  Stage<Tile> stages[Tile::STAGES];
+  Notes<Tile> notes[Tile::THREADS];
+};
+
 template <bool UNSIGNED, class Tile, class T>
-DEVICE void multiply(Sums<Tile>& acc, Stage<Tile>* stages, const Operands<T>& in, const Place<Tile>& at) {
-  Copier<Tile, T> copier(in, at);
-  const int count = (in.K / GROUP + DEPTH - 1) / DEPTH;
-  for (int k = 0; k < Tile::STAGES - 1; ++k) {
-    if (k < count) copier.next(stages[k]);
+DEVICE void multiply(Sums<Tile>& acc, Buffers<Tile>& shared, const Operands<T>& in, Corner corner) {
+  constexpr int AHEAD = Tile::STAGES - 1;  // stages that are on their way while one is multiplied
+  int left = in.K / GROUP;                 // groups from stage k on
+  store_notes(shared.notes[threadIdx.x], noted(in, Place<Tile>{corner}));
+  for (int k = 0; k < AHEAD; ++k) {
+    if (left > k * DEPTH) copy_stage(shared.stages[k], in, load_notes(shared.notes[threadIdx.x]), k, left - k * DEPTH);
     cp_async_commit();
   }
-  int stage = 0, free = Tile::STAGES - 1;
+  int stage = 0, free = AHEAD;
 #pragma unroll 1
-  for (int k = 0; k < count; ++k) {
-    cp_async_wait<Tile::STAGES - 2>();
+  for (int k = 0; left > 0; ++k, left -= DEPTH) {
+    cp_async_wait<AHEAD - 1>();
     __syncthreads();  // stage k is there for all, and nobody reads any more what is filled now
-    if (k + Tile::STAGES - 1 < count) copier.next(stages[free]);
+    const Notes<Tile> notes = load_notes(shared.notes[threadIdx.x]);
+    if (left > AHEAD * DEPTH) copy_stage(shared.stages[free], in, notes, k + AHEAD, left - AHEAD * DEPTH);
     cp_async_commit();
-#pragma unroll 1
-    for (int group = 0; group < DEPTH; ++group) multiply_stage<UNSIGNED, T, Tile>(acc, stages[stage], group, at);
+#pragma unroll
+    for (int group = 0; group < DEPTH; ++group)
+      if (group < left) multiply_group<UNSIGNED, T, Tile>(acc, shared.stages[stage], group, notes);
     free = stage;
     stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
   }

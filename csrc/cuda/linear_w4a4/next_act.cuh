@@ -4,12 +4,11 @@
 // A block goes over neighbouring tiles of the same rows and adds up its part of h; the blocks' parts are summed in
 // their order by a kernel of its own (sum_hidden). No atomics: the same bits every time.
 #pragma once
+#include "cuda/arguments.h"
 #include "cuda/linear_w4a4/kernel_sm80.cuh"
 #include "cuda/quantize_act/codes.cuh"
 
 namespace nunchaku_py::cuda {
-
-enum class Activation { none, gelu_tanh, gelu, silu };
 
 DEVICE float activate(float v, Activation kind) {
   switch (kind) {
@@ -138,26 +137,29 @@ struct Gated {
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 // Block (x, y) takes rows x·BM … and every one of `tiles` neighbouring tiles from y·tiles on.
 template <class Tile, bool UNSIGNED, class T, class Z>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
     linear_w4a4_next_kernel(Linear<T> p, NextAct<T> next, Z make, int tiles) {
   SHARED_DYNAMIC(shared);
   auto& slab = *reinterpret_cast<Slab<Tile>*>(shared);
-  auto& hidden = *reinterpret_cast<Hidden<Tile, T>*>(shared + stages_bytes<Tile>());
+  auto& hidden = *reinterpret_cast<Hidden<Tile, T>*>(shared + sizeof(Slab<Tile>));
   float* const part = next.parts + size_t(blockIdx.y) * next.M * next.R;
   const int begin = blockIdx.y * tiles;
   for (int tile = begin; tile < begin + tiles && tile * Z::WIDTH < next.width; ++tile) {
-    const Place<Tile> at{int(blockIdx.x) * Tile::BM, tile * Z::WIDTH, p.in.jump};
+    const Corner corner = {int(blockIdx.x) * Tile::BM, tile * Z::WIDTH, p.in.jump};
     Sums<Tile> acc = {};
     __syncthreads();  // what the last tile left in shared memory is read
-    compute<UNSIGNED, Tile>(acc, shared, p, at);
+    compute<UNSIGNED, Tile>(acc, shared, p, corner);
+    const Place<Tile> at{corner};
     const auto visit = [&](float(&z)[VECTOR], int i, int row, int column) {
       const int of_z = tile * Z::WIDTH + column;
-      const Cell cell = {at.m0 + row, of_z, at.m0 + row < next.M && column < Z::WIDTH && of_z < next.width};
+      const bool exists = column < Z::WIDTH && of_z < next.width;
+      const Cell cell = {at.m0 + row, of_z, at.m0 + row < next.M && exists};
       if (at.channel(column) < p.in.N) add_bias(z, p.bias + at.channel(column));
       make(z);
       const uint2 rounded = {cvt_16bitx2<T>(z[0], z[1]), cvt_16bitx2<T>(z[2], z[3])};
       from_16bit<T>(z, rounded);
-      sts(hidden.z + i * Hidden<Tile, T>::PITCH + column, rounded);
+      // Beyond the end is whatever a clamped channel gives: it must not meet down's zeros, as infinity would.
+      sts(hidden.z + i * Hidden<Tile, T>::PITCH + column, exists ? rounded : uint2{});
       quantize_four(next, z, cell);
     };
     const auto visited = [&](int m) {

@@ -1,0 +1,106 @@
+// What the CUDA ops are called with: raw pointers, sizes, and where to run. Shapes and meanings are those of
+// nunchaku_py/ops/; scales lie as common/scales.h says. Functions return when the work is on the stream: they neither
+// wait nor allocate.
+#pragma once
+#include <cstdint>
+
+namespace nunchaku_py::cuda {
+
+enum class Type : int { bf16 = 1, f16 = 2 };
+enum class Norm : int { none, layer, rms };
+enum class Activation : int { none, gelu_tanh, gelu, silu };
+
+struct Where {
+  int device = 0;
+  void* stream = nullptr;
+};
+
+// x (m, k), quantized to INT4 in groups of 64: out = Q((norm(x) + shift)·inv_smooth), h = norm(x)·downᵀ.
+struct QuantizeArguments {
+  Where where;
+  Type type = Type::bf16;  // of x, down, sx and what modulates
+  int m = 0, k = 0, r = 0;
+  const void* x = nullptr;
+  const float* inv_smooth = nullptr;
+  const void* down = nullptr;
+  bool is_unsigned = false;
+  float shift = 0;
+  std::uint8_t* qx = nullptr;
+  void* sx = nullptr;
+  float* h = nullptr;
+
+  Norm norm = Norm::none;  // from here on norm_modulate_quantize only
+  float eps = 0;
+  const void *norm_weight = nullptr, *scale = nullptr, *modulate_shift = nullptr;  // (k), (samples, k)
+  int samples = 1;
+};
+
+struct LinearArguments {
+  Where where;
+  Type type = Type::bf16;  // of sx, sw, up and what comes out
+  int m = 0, n = 0, k = 0, r = 0;
+  const std::uint8_t *qx = nullptr, *qw = nullptr;
+  const void *sx = nullptr, *sw = nullptr;
+  bool is_unsigned = false;  // the codes of x
+  const float* h = nullptr;
+  const void* up = nullptr;
+  const float* bias = nullptr;
+};
+
+struct GateResidualArguments {
+  const void *gate = nullptr, *residual = nullptr;  // (samples, n), (m, n)
+  int samples = 1;
+  void* y = nullptr;
+};
+
+struct QkvRopeArguments {
+  const float *q_norm = nullptr, *k_norm = nullptr, *rotary = nullptr;  // (head_dim), (tokens, head_dim/2, 2)
+  int head_dim = 0, tokens = 0;
+  float eps = 0;
+  void *q = nullptr, *k = nullptr, *v = nullptr;
+};
+
+// The next linear's input, `width` columns, and the memory in which blocks leave their parts of h.
+struct NextArguments {
+  Activation activation = Activation::none;
+  bool gate_first = false, is_unsigned = false;
+  float shift = 0;
+  const float* inv_smooth = nullptr;
+  const void* down = nullptr;
+  int r = 0;
+  std::uint8_t* qx = nullptr;
+  void* sx = nullptr;
+  float* h = nullptr;
+  float* parts = nullptr;  // (next_parts(…), m, r)
+};
+
+// linear_w4a16: all in rows.
+struct FewRowsArguments {
+  Where where;
+  Type type = Type::bf16;  // of x, scales, zeros, up and y
+  int m = 0, n = 0, k = 0, r = 0, group = 0;
+  const void* x = nullptr;
+  const std::uint8_t* qw = nullptr;
+  const void *scales = nullptr, *zeros = nullptr;  // zeros: null where codes are signed
+  const float* h = nullptr;
+  const void* up = nullptr;
+  const float* bias = nullptr;
+  void* y = nullptr;
+};
+
+void quantize_act(const QuantizeArguments& a);
+void norm_modulate_quantize(const QuantizeArguments& a);
+
+void linear_w4a16(const FewRowsArguments& a);
+
+void linear_w4a4(const LinearArguments& a, void* y);
+void linear_w4a4_gate_residual(const LinearArguments& a, const GateResidualArguments& to);
+void linear_w4a4_qkv_rope(const LinearArguments& a, const QkvRopeArguments& to);
+void linear_w4a4_gelu_quantize(const LinearArguments& a, const NextArguments& to);
+void linear_w4a4_glu_quantize(const LinearArguments& a, const NextArguments& to);
+
+// How many parts of h the last two leave.
+int gelu_parts(int device, int m, int n);
+int glu_parts(int device, int m, int n);
+
+}  // namespace nunchaku_py::cuda

@@ -1,0 +1,118 @@
+// linear_w4a16 for few rows, which is bound by reading the weight: y = x·wᵀ + h·upᵀ + bias, w = code·scale (+ zero)
+// rounded to the type of x, sums in fp32. Everything lies in rows, as files hold it.
+//
+// A warp takes CHANNELS output channels and ROWS rows. Each lane has 32 neighbouring weights of every 1024, 16 bytes in
+// one piece, which share a scale; x comes from the cache. The lanes' sums are added in a fixed order.
+#pragma once
+#include "cuda/common/convert.cuh"
+#include "cuda/common/memory.cuh"
+#include "cuda/common/warp.cuh"
+
+namespace nunchaku_py::cuda {
+
+constexpr int FEW_WARPS = 4, CHANNELS = 2, OWN_WEIGHTS = 32;
+
+template <class T>
+struct FewRows {
+  const T* x;                // (M, K)
+  const uint8_t* qw;         // (N, K/2)
+  const T *scales, *zeros;   // (N, ceil(K/group)); zeros: null if codes are signed
+  const float* h;            // (M, R)
+  const T* up;               // (N, R)
+  const float* bias;         // (N)
+  T* y;                      // (M, N)
+  int M, N, K, R, group;     // K and group multiples of 32
+};
+
+// How a channel's 32 weights are decoded.
+struct Grid {
+  float scale, zero;
+};
+
+// Eight weights, rounded to T: a code in the last bits of 2²³ is a float, from which 2²³ is taken off again.
+template <class T, bool SIGNED>
+DEVICE void decode_eight(float (&w)[8], uint32_t codes, Grid grid) {
+  constexpr float BASE = 8388608.f;
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    float two[2];
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t code = codes >> (i + j) * 4 & 15;
+      const uint32_t bits = (SIGNED ? code ^ 8 : code) | 0x4B000000;
+      two[j] = fmaf(__builtin_bit_cast(float, bits) - (SIGNED ? BASE + 8 : BASE), grid.scale, grid.zero);
+    }
+    float rounded[2];
+    cvt_f32x2<T>(rounded, cvt_16bitx2<T>(two[0], two[1]));
+    w[i] = rounded[0], w[i + 1] = rounded[1];
+  }
+}
+
+template <class T>
+DEVICE void load_eight(float (&x)[8], const T* from) {
+  const uint4 four = ldg<uint4>(from);
+  const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float two[2];
+    cvt_f32x2<T>(two, pairs[i]);
+    x[i * 2] = two[0], x[i * 2 + 1] = two[1];
+  }
+}
+
+// One more of the lane's stretches of 32 inputs.
+template <class T, int ROWS, bool SIGNED>
+DEVICE void add_stretch(float (&acc)[ROWS][CHANNELS], const FewRows<T>& p, const int (&rows)[ROWS],
+                        const int (&channels)[CHANNELS], int k) {
+  uint4 codes[CHANNELS];
+  Grid grids[CHANNELS];
+#pragma unroll
+  for (int c = 0; c < CHANNELS; ++c) {
+    const size_t of = size_t(channels[c]) * ((p.K + p.group - 1) / p.group) + k / p.group;
+    codes[c] = ldg<uint4>(p.qw + size_t(channels[c]) * (p.K / 2) + k / 2);
+    grids[c] = {cvt_f32(ldg<T>(p.scales + of)), SIGNED ? 0.f : cvt_f32(ldg<T>(p.zeros + of))};
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float w[CHANNELS][8];
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      const uint32_t words[4] = {codes[c].x, codes[c].y, codes[c].z, codes[c].w};
+      decode_eight<T, SIGNED>(w[c], words[i], grids[c]);
+    }
+#pragma unroll
+    for (int m = 0; m < ROWS; ++m) {
+      float x[8];
+      load_eight(x, p.x + size_t(rows[m]) * p.K + k + i * 8);
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c)
+        for (int j = 0; j < 8; ++j) acc[m][c] = fmaf(x[j], w[c][j], acc[m][c]);
+    }
+  }
+}
+
+// Rows and channels beyond the end are the last one again, and are not written.
+template <class T, int ROWS, bool SIGNED>
+__global__ void __launch_bounds__(FEW_WARPS * 32) few_rows_kernel(FewRows<T> p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int m0 = blockIdx.y * ROWS, n0 = (blockIdx.x * FEW_WARPS + warp) * CHANNELS;
+  int rows[ROWS], channels[CHANNELS];
+  for (int m = 0; m < ROWS; ++m) rows[m] = m0 + m < p.M ? m0 + m : p.M - 1;
+  for (int c = 0; c < CHANNELS; ++c) channels[c] = n0 + c < p.N ? n0 + c : p.N - 1;
+  float acc[ROWS][CHANNELS] = {};
+  for (int k = lane * OWN_WEIGHTS; k < p.K; k += 32 * OWN_WEIGHTS)
+    add_stretch<T, ROWS, SIGNED>(acc, p, rows, channels, k);
+  for (int r = lane; r < p.R; r += 32)
+    for (int m = 0; m < ROWS; ++m)
+      for (int c = 0; c < CHANNELS; ++c)
+        acc[m][c] = fmaf(ldg<float>(p.h + size_t(rows[m]) * p.R + r),
+                         cvt_f32(ldg<T>(p.up + size_t(channels[c]) * p.R + r)), acc[m][c]);
+#pragma unroll
+  for (int m = 0; m < ROWS; ++m)
+    for (int c = 0; c < CHANNELS; ++c) {
+      for (int lanes = 1; lanes < 32; lanes *= 2) acc[m][c] += shfl_xor(acc[m][c], lanes);
+      if (lane == 0 && m0 + m < p.M && n0 + c < p.N)
+        stg(p.y + size_t(m0 + m) * p.N + n0 + c, cvt_16bit<T>(acc[m][c] + ldg<float>(p.bias + n0 + c)));
+    }
+}
+
+}  // namespace nunchaku_py::cuda

@@ -1,0 +1,20 @@
+// q, k, v of acc + h·upᵀ + bias; q and k normed by head and turned. Its input is signed: it follows no GELU.
+#include "cuda/linear_w4a4/host.cuh"
+
+namespace nunchaku_py::cuda {
+
+void linear_w4a4_qkv_rope(const LinearArguments& a, const QkvRopeArguments& to) {
+  const OnDevice here(a.where.device);
+  with_type(a.type, [&]<class T>(T) {
+    const QkvRope<T> epilogue = {{static_cast<T*>(to.q), static_cast<T*>(to.k), static_cast<T*>(to.v)},
+                                 {to.q_norm, to.k_norm},
+                                 to.rotary,
+                                 a.n,
+                                 to.head_dim,
+                                 to.tokens,
+                                 to.eps};
+    launch_linear<T, false>(a, epilogue);
+  });
+}
+
+}  // namespace nunchaku_py::cuda

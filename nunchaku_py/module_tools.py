@@ -1,0 +1,31 @@
+"""What modules that stand for others need: moving without casting, filling, and whether they are being offloaded."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate takes the tensors away between calls: folded weights would stay behind."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+
+
+def filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
+    module.weight.data.copy_(weight)
+    if bias is not None:
+        module.bias.data.copy_(bias)
+    return module.requires_grad_(False)
+
+
+def move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """fn's change of device without its change of dtype."""
+    probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+    return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,336 @@
+"""The CUDA backend with its host functions, packing and bindings, against the references: from the op that a model
+calls to the result. On kernels that run on the host, and on a GPU where there is one."""
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sysconfig
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import nunchaku_py as nq
+from nunchaku_py import native, ops
+from nunchaku_py.backends import cuda
+from nunchaku_py.linear import QuantizedSite, QuantLinear
+from nunchaku_py.ops import ActSpec, LinearSpec, backend
+from nunchaku_py.ops.spec import MMA
+from nunchaku_py.site import Site
+from nunchaku_py.tensor import QTensor
+from tests.simt import build
+from tests.simt.layouts import of_channels, of_tokens, tokens_in_rows
+from tests.simt.test_linear_w4a4 import bound
+from tests.simt.test_linear_w4a4_endings import assert_near
+from tests.tiny_models import MODELS
+
+CODES, PACKED = ActSpec("int4", 64), ActSpec("int4", 64, layout=MMA)
+
+
+@pytest.fixture(scope="module")
+def on_host() -> ModuleType:
+    if reason := build.refuses():
+        pytest.skip(reason)
+    import pybind11
+
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    path = build.cached([build.compiler(), *build.OPTIONS, *includes, str(build.HERE / "native.cpp")], "native", ".so")
+    spec = importlib.util.spec_from_file_location("native_on_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _WithCuda:
+    """The native module, if there is one, with the CUDA ops."""
+
+    def __init__(self, ops_on_host: object) -> None:
+        self.cuda, self._module, self.cuda_targets, self.cuda_status = ops_on_host, native.module, "89", "on the host"
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._module, name)
+
+
+@pytest.fixture
+def as_gpu(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors of this machine taken for those of an RTX 40."""
+    monkeypatch.setattr(native, "module", _WithCuda(on_host.cuda))
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_capability", lambda device: (8, 9))
+    cuda._refuses_capability.cache_clear()
+    yield
+    cuda._refuses_capability.cache_clear()
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run."""
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("as_gpu")
+    return "cpu"
+
+
+def run(op: ops.Op, device: str, *args: object) -> object:
+    """op(*args) there, and the result here."""
+    found = op(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
+    return found.cpu() if isinstance(found, Tensor) else tuple(tensor.cpu() for tensor in found)
+
+
+def operands(m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """qx, sx, qw, sw, aux, h, up, bias in row layout, for y of about 1, of which the branch is a small part."""
+    torch.manual_seed(m + n + k + r)
+    small, groups = 0.04 / k**0.5, -(-k // 64)
+    return (torch.randint(0, 256, (m, k // 2), dtype=torch.uint8), (small * (1 + torch.rand(m, groups))).to(dtype),
+            torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), (1 + torch.rand(n, groups)).to(dtype),
+            torch.empty(0), torch.randn(m, r) / (8 * r + 1), torch.randn(n, r).to(dtype),
+            (torch.randn(n) / 4).to(dtype))
+
+
+def packed(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    qx, sx, qw, sw, *rest = args
+    return (qx, of_tokens(sx).view(sx.shape[1], -1), qw, cuda.packed_scales(sw, sw.dtype), *rest)
+
+
+def specs(k: int, **more: object) -> tuple[LinearSpec, LinearSpec]:
+    """(in rows, packed)"""
+    return LinearSpec("int4", 64, k, CODES, **more), LinearSpec(
+        "int4", 64, k, PACKED, layout=MMA, **{**more, "next": more.get("next") and PACKED})
+
+
+def test_scales_of_weights_are_packed_as_the_kernels_want_them() -> None:
+    scales = torch.rand(144, 3).bfloat16()
+    assert torch.equal(cuda.packed_scales(scales, torch.bfloat16).flatten(), of_channels(scales).flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, n, k, r", [(1, 16, 64, 0), (70, 208, 192, 24), (200, 400, 128, 32)])
+def test_linear(device: str, m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
+    args, (row, mma) = operands(m, n, k, r, dtype), specs(k)
+    got, want = run(ops.linear_w4a4, device, *packed(args), mma), ops.linear_w4a4.reference(*args, row)
+    assert ((got.double() - want.double()).abs() <= bound(want, args, row)).all()
+
+
+def test_gate_residual(device: str) -> None:
+    args, (row, mma) = operands(70, 208, 192, 16), specs(192)
+    more = torch.randn(2, 208).bfloat16(), torch.randn(70, 208).bfloat16()
+    assert_near(run(ops.linear_w4a4_gate_residual, device, *packed(args), *more, mma),
+                ops.linear_w4a4_gate_residual.reference(*args, *more, row))
+
+
+def test_qkv_rope(device: str) -> None:
+    args, (row, mma) = operands(70, 3 * 128, 128, 16), specs(128, head_dim=64)
+    angles = torch.rand(35, 32) * 6
+    more = 1 + torch.rand(64), (1 + torch.rand(64)).bfloat16(), torch.stack([angles.cos(), angles.sin()], -1)
+    for got, want in zip(run(ops.linear_w4a4_qkv_rope, device, *packed(args), *more, mma),
+                         ops.linear_w4a4_qkv_rope.reference(*args, *more, row), strict=True):
+        assert_near(got, want)
+
+
+def assert_same_quantized(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    """Scales as near as their rounding; codes equal but where a value lies between two; h near."""
+    (qx, sx, h), (want_qx, want_sx, want_h) = got, want
+    sx = tokens_in_rows(sx.flatten().view(sx.shape), h.shape[0])
+    assert ((sx.double() - want_sx.double()).abs() <= 0.02 * want_sx.double()).all()
+    off = [((a.int() >> shift & 15) - (b.int() >> shift & 15)).abs() for a, b in ((qx, want_qx),) for shift in (0, 4)]
+    off = torch.minimum(torch.stack(off), 16 - torch.stack(off))
+    assert off.max() <= 1 and (off > 0).double().mean() < 0.02
+    torch.testing.assert_close(h, want_h, rtol=0, atol=0.02 * float(want_h.abs().amax(None)) if h.numel() else 0)
+
+
+@pytest.mark.parametrize("m", [1, 300])
+@pytest.mark.parametrize("ranks", [0, 12, 48])
+def test_gelu_quantize(device: str, m: int, ranks: int) -> None:
+    n, k = 320, 128
+    args, (row, mma) = operands(m, n, k, 16), specs(k, activation="gelu_tanh", next=CODES)
+    more = 0.5 + torch.rand(n), (torch.randn(ranks, n) / n**0.5).bfloat16()
+    assert_same_quantized(run(ops.linear_w4a4_gelu_quantize, device, *packed(args), *more, mma),
+                          ops.linear_w4a4_gelu_quantize.reference(*args, *more, row))
+
+
+def test_what_is_beyond_the_end_is_no_part_of_h(device: str) -> None:
+    """Half a tile of columns does not exist; what stands there may overflow, and 0 times infinity is not 0."""
+    n, k = 64, 64
+    qx, sx, qw, sw, *rest = operands(4, n, k, 16, torch.float16)
+    qw[-8:-1], sw[-8:-1] = 0, 60000.0  # the last channel's codes stand beside these scales, beyond the end
+    args, more = (qx, torch.ones_like(sx), qw, sw / 64, *rest), (torch.ones(n), torch.randn(16, n).half())
+    row, mma = specs(k, activation="none", next=CODES)
+    _, _, h = run(ops.linear_w4a4_gelu_quantize, device, *packed(args), *more, mma)
+    want = ops.linear_w4a4_gelu_quantize.reference(*args, *more, row)[2]
+    torch.testing.assert_close(h, want, rtol=0.02, atol=0.02 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_glu_quantize(device: str, gate_first: bool) -> None:
+    n, k = 384, 128
+    args, (row, mma) = operands(70, n, k, 16), specs(k, activation="silu", gate_first=gate_first, next=CODES)
+    more = 0.5 + torch.rand(n // 2), (torch.randn(16, n // 2) / n**0.5).bfloat16()
+    assert_same_quantized(run(ops.linear_w4a4_glu_quantize, device, *packed(args), *more, mma),
+                          ops.linear_w4a4_glu_quantize.reference(*args, *more, row))
+
+
+def test_quantizing(device: str) -> None:
+    torch.manual_seed(0)
+    x, inv_smooth = torch.randn(70, 192).bfloat16(), 0.5 + torch.rand(192)
+    down = (torch.randn(40, 192) / 14).bfloat16()
+    assert_same_quantized(run(ops.quantize_act, device, x, inv_smooth, down, PACKED),
+                          ops.quantize_act.reference(x, inv_smooth, down, CODES))
+    normed = [ActSpec("int4", 64, norm="layer", layout=layout) for layout in (MMA, "row")]
+    more = torch.ones(192).bfloat16(), torch.randn(2, 192) / 4, torch.randn(2, 192) / 4
+    assert_same_quantized(run(ops.norm_modulate_quantize, device, x, *more, inv_smooth, down, normed[0]),
+                          ops.norm_modulate_quantize.reference(x, *more, inv_smooth, down, normed[1]))
+
+
+@pytest.mark.parametrize("weight", ["int4", "uint4"])
+@pytest.mark.parametrize("m, n, k, r, dtype", [(1, 30, 1088, 0, torch.bfloat16), (2, 17, 64, 40, torch.float16),
+                                               (9, 24, 2112, 16, torch.bfloat16), (3, 16, 96, 0, torch.bfloat16)])
+def test_few_rows(device: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, weight: str) -> None:
+    """Rounded as the reference rounds, summed in another order."""
+    _, _, qw, sw, _, h, up, bias = operands(m, n, k, r, dtype)
+    x = torch.randn(m, k).to(dtype)
+    aux = (torch.randn(sw.shape) / 4).to(dtype) if weight == "uint4" else torch.empty(0, dtype=dtype)
+    args = (x, torch.empty(0), qw, sw * 0.05, aux, h, up, bias, LinearSpec(weight, 64, k, ActSpec("none", 64)))
+    got, want = run(ops.linear_w4a16, device, *args), ops.linear_w4a16.reference(*args)
+    eps = torch.finfo(dtype).eps
+    assert ((got.double() - want.double()).abs() <= eps * want.double().abs() + 1e-4 * k**0.5).all()
+    assert ops.linear_w4a16.explain(*(t.to(device) if isinstance(t, Tensor) else t for t in args))["cuda"] == "can run"
+
+
+def test_no_rows(device: str) -> None:
+    args, (_, mma) = operands(0, 128, 64, 16), specs(64)
+    assert run(ops.linear_w4a4, device, *packed(args), mma).shape == (0, 128)
+    none = torch.empty(0, 128).bfloat16()
+    assert run(ops.linear_w4a4_gate_residual, device, *packed(args), torch.ones(1, 128), none, mma).shape == (0, 128)
+    nothing, down = torch.empty(0, 64).bfloat16(), torch.ones(16, 64).bfloat16()
+    empty = run(ops.quantize_act, device, nothing, torch.ones(64), down, PACKED)
+    assert [tuple(tensor.shape) for tensor in empty] == [(0, 32), (1, 0), (0, 16)]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (dict(k=96), "whole groups of 64, not 96"), (dict(n=24), "multiples of 16, not 24"),
+    (dict(dtype=torch.float32), "bfloat16 or float16, not float32"),
+])
+def test_what_the_kernels_do_not_take_is_a_sentence(device: str, change: dict, said: str) -> None:
+    sizes = {"m": 4, "n": 32, "k": 64, "r": 16, "dtype": torch.bfloat16, **change}
+    qx, sx, qw, sw, *rest = operands(**sizes)
+    _, mma = specs(sizes["k"])
+    with pytest.raises(nq.NunchakuError, match=said):
+        run(ops.linear_w4a4, device, qx, sx.T.contiguous(), qw, sw.T.contiguous(), *rest, mma)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    (dict(sx=(1, 4)), r"sx: expected \(groups, padded rows\) = \(1, 64\) bfloat16, got \(1, 4\)"),
+    (dict(sw=(1, 32)), r"sw: expected \(groups, padded out\) = \(1, 64\)"),
+    (dict(h=(3, 16)), r"h: expected \(rows, rank\) = \(4, 16\)"),
+])
+def test_wrong_shapes_are_sentences(device: str, wrong: dict, said: str) -> None:
+    args = dict(zip(("qx", "sx", "qw", "sw", "aux", "h", "up", "bias"), packed(operands(4, 32, 64, 16)), strict=True))
+    args |= {name: torch.zeros(shape, dtype=args[name].dtype) for name, shape in wrong.items()}
+    with pytest.raises(nq.NunchakuError, match=said):
+        run(ops.linear_w4a4, device, *args.values(), specs(64)[1])
+
+
+@pytest.mark.parametrize(("target", "capability", "runs"), [
+    ("80", (8, 0), True), ("80", (8, 9), True), ("86", (8, 0), False), ("89", (9, 0), False), ("90a", (9, 0), True),
+    ("120a", (12, 1), False), ("75", (8, 0), False)])
+def test_which_code_runs_where(target: str, capability: tuple[int, int], runs: bool) -> None:
+    assert cuda.runs_on(target, capability) == runs
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_a_gpu_without_its_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, said in (((7, 5), "compute capability 8.0, this GPU has 7.5"), ((12, 0), "12.0, but for 89")):
+        monkeypatch.setattr(cuda, "_capability", lambda device, found=capability: found)
+        with pytest.raises(nq.NunchakuError, match=said):
+            ops.linear_w4a4(*packed(operands(4, 32, 64, 16)), specs(64)[1])
+
+
+def test_tiles(on_host: ModuleType) -> None:
+    """Large problems take large tiles; small ones tiles that keep the machine busy."""
+    large, medium, small = range(3)
+    places = 128  # an RTX 4090
+    assert on_host.choose(4096, 3072, places) == large == on_host.choose(16384, 12288, places)
+    assert on_host.choose(256, 3072, places) == medium  # 48 large ones would leave 80 places idle
+    assert on_host.choose(1, 3072, places) == small
+    for rows, columns in ((1, 96), (32, 96), (4, 24), (128, 24)):
+        tiles = on_host.tiles_of_block(rows, columns, places)
+        assert 1 <= tiles <= columns
+        assert rows * -(-columns // tiles) >= min(places, rows * columns) * 0.6
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+@pytest.mark.parametrize("where", ["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_a_whole_model_runs_on_the_kernels(name: str, where: str, request: pytest.FixtureRequest) -> None:
+    """Its fused blocks too. What rounds otherwise quantizes otherwise, so outputs differ by a part of what 4 bits cost;
+    what they cost is the same."""
+    model, inputs = MODELS[name]()
+    exact = output(model, inputs, "cpu")
+    nq.quantize(model, "svdquant-int4", rank=16, mode="a4", progress=False)
+    want = output(model, inputs, "cpu")
+    for site in model.modules():
+        if isinstance(site, QuantizedSite):
+            site._unpack()
+    if where == "host":
+        request.getfixturevalue("as_gpu")
+    got = output(model, inputs, "cuda" if where == "gpu" else "cpu")
+    runs = {(one.op, one.backend) for one in nq.explain(model) if "int4 x int4" in one.call}
+    assert runs == {("quantize_act", "cuda"), ("linear_w4a4", "cuda")}
+    cost = (want - exact).norm().item()
+    assert (got - exact).norm().item() == pytest.approx(cost, rel=0.05) and (got - want).norm() < cost
+
+
+@torch.no_grad()
+def output(model: torch.nn.Module, inputs: dict, device: str) -> Tensor:
+    there = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+    return model.to(device)(**there)[0].float().cpu()
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_rows_of_another_type_pack_the_site_for_them() -> None:
+    """Float16 has these scales too; float32 rows run on the reference, as no kernel takes them; and so back."""
+    torch.manual_seed(0)
+    module = QuantLinear(Site("w4a4", "int4", 64, 16), 128, 64, True, torch.bfloat16)
+    weight = QTensor.quantize(torch.randn(64, 128) / 11, module.site.weight_format)
+    for name, tensor in {"codes": weight.codes, "scales": weight.scales, "smooth": torch.ones(128).bfloat16(),
+                         "down": torch.randn(16, 128).bfloat16() / 30, "up": torch.randn(64, 16).bfloat16() / 30,
+                         "bias": torch.randn(64).bfloat16()}.items():
+        module.set_tensor(name, tensor)
+    module.set_mode("a4")
+    x = torch.randn(5, 128)
+    exact = x @ module.effective_weight().T + module.bias.float()
+    for dtype, residency in ((torch.bfloat16, "mma"), (torch.float16, "mma"), (torch.float32, "codes"),
+                             (torch.bfloat16, "mma")):
+        y = module(x.to(dtype))
+        assert y.dtype == dtype and module.packed.residency == residency
+        assert (y.float() - exact).norm() <= 0.2 * exact.norm()
+    with backend("torch"):
+        module(x.bfloat16())
+        assert module.packed.residency == "codes"
+        assert "the backend 'torch' is asked for" in module.why_not_mma()
+    module(x.bfloat16())
+    assert module.packed.residency == "mma" and copy.deepcopy(module)(x.bfloat16()).isfinite().all()
+    assert set(module.state_dict()) == {"codes", "scales", "smooth", "down", "up", "bias"}
+
+
+@pytest.mark.gpu
+def test_the_same_bits_in_a_graph_and_compiled() -> None:
+    """No synchronization and no allocation outside torch's, or capturing would fail."""
+    args = tuple(tensor.cuda() for tensor in packed(operands(200, 400, 128, 32)))
+    x, mma = torch.randn(200, 128, device="cuda").bfloat16(), specs(128)[1]
+    inv_smooth, down = torch.ones(128, device="cuda"), torch.randn(32, 128, device="cuda").bfloat16()
+
+    def both() -> Tensor:
+        qx, sx, h = ops.quantize_act(x, inv_smooth, down, PACKED)
+        return ops.linear_w4a4(qx, sx, *args[2:5], h, *args[6:], mma)
+
+    want = both()
+    assert torch.equal(both(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    assert torch.equal(captured, want)
+    assert torch.equal(torch.compile(both, fullgraph=True)(), want)
