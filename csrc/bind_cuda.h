@@ -77,12 +77,15 @@ inline FewRowsArguments few_rows_arguments(int device, Address stream, int type,
 
 inline void bind_cuda(py::module_ m) {
   using Free = py::call_guard<py::gil_scoped_release>;
-  py::class_<QuantizeArguments>(m, "QuantizeArguments").def(py::init(&quantize_arguments)).def("set_norm", &set_norm);
-  py::class_<LinearArguments>(m, "LinearArguments").def(py::init(&linear_arguments));
-  py::class_<GateResidualArguments>(m, "GateResidualArguments").def(py::init(&gate_residual_arguments));
-  py::class_<QkvRopeArguments>(m, "QkvRopeArguments").def(py::init(&qkv_rope_arguments));
-  py::class_<NextArguments>(m, "NextArguments").def(py::init(&next_arguments));
-  py::class_<FewRowsArguments>(m, "FewRowsArguments").def(py::init(&few_rows_arguments));
+  const py::module_local local;  // tests have both the native module and the kernels of the host
+  py::class_<QuantizeArguments>(m, "QuantizeArguments", local)
+      .def(py::init(&quantize_arguments))
+      .def("set_norm", &set_norm);
+  py::class_<LinearArguments>(m, "LinearArguments", local).def(py::init(&linear_arguments));
+  py::class_<GateResidualArguments>(m, "GateResidualArguments", local).def(py::init(&gate_residual_arguments));
+  py::class_<QkvRopeArguments>(m, "QkvRopeArguments", local).def(py::init(&qkv_rope_arguments));
+  py::class_<NextArguments>(m, "NextArguments", local).def(py::init(&next_arguments));
+  py::class_<FewRowsArguments>(m, "FewRowsArguments", local).def(py::init(&few_rows_arguments));
   m.def("linear_w4a16", &linear_w4a16, Free());
   m.def("quantize_act", &quantize_act, Free());
   m.def("norm_modulate_quantize", &norm_modulate_quantize, Free());

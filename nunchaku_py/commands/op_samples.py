@@ -7,7 +7,7 @@ import torch
 
 from ..formats import group_count
 from ..ops.registry import Op
-from ..ops.spec import ActSpec, LinearSpec
+from ..ops.spec import MMA, ROW, ActSpec, LinearSpec, padded_rows
 
 M, K, N, R, HEAD = 128, 384, 384, 32, 64
 GROUPS = {"int4": 64, "nvfp4": 16}
@@ -15,10 +15,11 @@ ACTS = {"linear_w4a8": "int8", "linear_w4a16": "none"}  # otherwise what the fil
 
 
 def sample(op: Op, fmt: str, device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
-    """Arguments of `op` for a file of format "int4" or "nvfp4"."""
+    """Arguments of `op` for a file of format "int4" or "nvfp4", laid out as on this type of device."""
     act = next((name for prefix, name in ACTS.items() if op.name.startswith(prefix)), fmt)
-    spec = _spec(op, fmt, act)
-    shapes = _shapes(fmt, act, N // 2 if "_glu_" in op.name else N, dtype)
+    layout = MMA if (device, fmt, act) == ("cuda", "int4", "int4") else ROW
+    spec = _spec(op, fmt, act, layout)
+    shapes = _shapes(fmt, act, N // 2 if "_glu_" in op.name else N, dtype, layout)
     if op.name == "attention":
         heads = ((1, N // HEAD, M, HEAD), dtype)
         shapes |= {"q": heads, "k": heads, "v": heads}
@@ -27,25 +28,28 @@ def sample(op: Op, fmt: str, device: str, dtype: torch.dtype = torch.bfloat16) -
     return (*tensors, spec) if op.spec_class else tuple(tensors)
 
 
-def _spec(op: Op, fmt: str, act: str) -> ActSpec | LinearSpec:
+def _spec(op: Op, fmt: str, act: str, layout: str) -> ActSpec | LinearSpec:
     group = GROUPS.get(act, 0)
     if op.spec_class is ActSpec:
-        return ActSpec(act, group, norm="layer" if op.name.startswith("norm_") else "none")
-    following = ActSpec(act, group) if "quantize" in op.name else None
+        return ActSpec(act, group, norm="layer" if op.name.startswith("norm_") else "none", layout=layout)
+    taken = ActSpec(act, group, layout=layout)
+    following = taken if "quantize" in op.name else None
     activation = "none" if following is None else "gelu_tanh"
-    return LinearSpec(fmt, GROUPS[fmt], K, ActSpec(act, group), activation=activation, next=following, head_dim=HEAD)
+    return LinearSpec(fmt, GROUPS[fmt], K, taken, layout, activation=activation, next=following, head_dim=HEAD)
 
 
-def _shapes(fmt: str, act: str, k_next: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _shapes(fmt: str, act: str, k_next: int, dtype: torch.dtype, layout: str
+            ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Parameter name → shape and dtype; an op's parameters are named alike everywhere."""
     fp32 = torch.float32
-    scale = torch.float8_e4m3fn if fmt == "nvfp4" else dtype
+    scale, groups = torch.float8_e4m3fn if fmt == "nvfp4" else dtype, group_count(K, GROUPS[fmt])
+    of_x, of_w = ((groups, padded_rows(rows)) if layout == MMA else (rows, groups) for rows in (M, N))
     qx, sx = {"none": (((M, K), dtype), ((0,), fp32)), "int8": (((M, K), torch.int8), ((M,), fp32))}.get(
-        act, (((M, K // 2), torch.uint8), ((M, group_count(K, GROUPS[fmt])), scale)))
+        act, (((M, K // 2), torch.uint8), (of_x, scale)))
     return {
         "x": ((M, K), dtype), "norm_weight": ((K,), dtype), "scale": ((1, K), dtype), "shift": ((1, K), dtype),
         "inv_smooth": ((K,), fp32), "down": ((R, K), dtype), "qx": qx, "sx": sx,
-        "qw": ((N, K // 2), torch.uint8), "sw": ((N, group_count(K, GROUPS[fmt])), scale),
+        "qw": ((N, K // 2), torch.uint8), "sw": (of_w, scale),
         "aux": ((N if fmt == "nvfp4" else 0,), fp32), "h": ((M, R), fp32), "up": ((N, R), dtype), "bias": ((N,), dtype),
         "next_inv_smooth": ((k_next,), fp32), "next_down": ((R, k_next), dtype),
         "q_norm": ((HEAD,), dtype), "k_norm": ((HEAD,), dtype), "rotary": ((M, HEAD // 2, 2), fp32),

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 import nunchaku_py as nq
 from nunchaku_py import native, ops
 from nunchaku_py.backends import cuda
+from nunchaku_py.commands.op_samples import sample
 from nunchaku_py.linear import QuantizedSite, QuantLinear
 from nunchaku_py.ops import ActSpec, LinearSpec, backend
 from nunchaku_py.ops.spec import MMA
@@ -246,6 +247,18 @@ def test_a_gpu_without_its_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(cuda, "_capability", lambda device, found=capability: found)
         with pytest.raises(nq.NunchakuError, match=said):
             ops.linear_w4a4(*packed(operands(4, 32, 64, 16)), specs(64)[1])
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_info_asks_with_what_a_gpu_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op that there is a kernel for says so, for samples that it has checked."""
+    made = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, device, **more: made(*args, **more))  # the GPU is this machine
+    able = [name for name, op in ops.OPS.items() if op.explain(*sample(op, "int4", "cuda"))["cuda"] == "can run"]
+    built = [name for name, op in ops.OPS.items() if "cuda" in op.backends]
+    assert able == [name for name in built if name != "linear_w4a16"]  # whose sample has too many rows
+    linear_w4a4 = sample(ops.linear_w4a4, "int4", "cuda")
+    assert ops.linear_w4a4(*linear_w4a4).shape == (128, 384)
 
 
 def test_tiles(on_host: ModuleType) -> None:
