@@ -116,13 +116,13 @@ def _explained(op: object, fmt: str, device: str) -> dict[str, str]:
 
 
 def _shortened(names: tuple[str, ...]) -> str:
-    """All 15 linears are one word, since they are one family."""
+    """A family of linears is one word where all of it is there, and so are all 15."""
     from ..ops.registry import OPS
 
-    linears = [name for name in OPS if name.startswith("linear_")]
-    if set(linears) <= set(names):
-        rest = [name for name in names if name not in linears]
-        return ", ".join([f"linear_* ({len(linears)})", *rest])
+    for family in ("linear_", "linear_w4a4", "linear_w4a8", "linear_w4a16"):
+        members = [name for name in OPS if name.startswith(family)]
+        if set(members) <= set(names):
+            names = (f"{family}* ({len(members)})", *(name for name in names if name not in members))
     return ", ".join(names)
 
 

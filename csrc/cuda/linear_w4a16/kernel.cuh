@@ -36,6 +36,7 @@ DEVICE void decode_eight(float (&w)[8], uint32_t codes, Grid grid) {
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
     float two[2];
+#pragma unroll
     for (int j = 0; j < 2; ++j) {
       const uint32_t code = codes >> (i + j) * 4 & 15;
       const uint32_t bits = (SIGNED ? code ^ 8 : code) | 0x4B000000;
@@ -85,34 +86,53 @@ DEVICE void add_stretch(float (&acc)[ROWS][CHANNELS], const FewRows<T>& p, const
       load_eight(x, p.x + size_t(rows[m]) * p.K + k + i * 8);
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
         for (int j = 0; j < 8; ++j) acc[m][c] = fmaf(x[j], w[c][j], acc[m][c]);
     }
   }
 }
 
+template <class T, int ROWS>
+DEVICE void add_rank(float (&acc)[ROWS][CHANNELS], const FewRows<T>& p, const int (&rows)[ROWS],
+                     const int (&channels)[CHANNELS], int r) {
+#pragma unroll
+  for (int m = 0; m < ROWS; ++m) {
+    const float h = ldg<float>(p.h + size_t(rows[m]) * p.R + r);
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c)
+      acc[m][c] = fmaf(h, cvt_f32(ldg<T>(p.up + size_t(channels[c]) * p.R + r)), acc[m][c]);
+  }
+}
+
+DEVICE float sum_of_lanes(float value) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) value += shfl_xor(value, lanes);
+  return value;
+}
+
 // Rows and channels beyond the end are the last one again, and are not written.
 template <class T, int ROWS, bool SIGNED>
-__global__ void __launch_bounds__(FEW_WARPS * 32) few_rows_kernel(FewRows<T> p) {
+__global__ void __launch_bounds__(FEW_WARPS * 32, 4) few_rows_kernel(FewRows<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int m0 = blockIdx.y * ROWS, n0 = (blockIdx.x * FEW_WARPS + warp) * CHANNELS;
   int rows[ROWS], channels[CHANNELS];
+#pragma unroll
   for (int m = 0; m < ROWS; ++m) rows[m] = m0 + m < p.M ? m0 + m : p.M - 1;
+#pragma unroll
   for (int c = 0; c < CHANNELS; ++c) channels[c] = n0 + c < p.N ? n0 + c : p.N - 1;
   float acc[ROWS][CHANNELS] = {};
   for (int k = lane * OWN_WEIGHTS; k < p.K; k += 32 * OWN_WEIGHTS)
     add_stretch<T, ROWS, SIGNED>(acc, p, rows, channels, k);
-  for (int r = lane; r < p.R; r += 32)
-    for (int m = 0; m < ROWS; ++m)
-      for (int c = 0; c < CHANNELS; ++c)
-        acc[m][c] = fmaf(ldg<float>(p.h + size_t(rows[m]) * p.R + r),
-                         cvt_f32(ldg<T>(p.up + size_t(channels[c]) * p.R + r)), acc[m][c]);
+  for (int r = lane; r < p.R; r += 32) add_rank(acc, p, rows, channels, r);
 #pragma unroll
-  for (int m = 0; m < ROWS; ++m)
+  for (int m = 0; m < ROWS; ++m) {
+#pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      for (int lanes = 1; lanes < 32; lanes *= 2) acc[m][c] += shfl_xor(acc[m][c], lanes);
+      const float y = sum_of_lanes(acc[m][c]);
       if (lane == 0 && m0 + m < p.M && n0 + c < p.N)
-        stg(p.y + size_t(m0 + m) * p.N + n0 + c, cvt_16bit<T>(acc[m][c] + ldg<float>(p.bias + n0 + c)));
+        stg(p.y + size_t(m0 + m) * p.N + n0 + c, cvt_16bit<T>(y + ldg<float>(p.bias + n0 + c)));
     }
+  }
 }
 
 }  // namespace nunchaku_py::cuda
