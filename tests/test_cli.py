@@ -107,7 +107,8 @@ def test_a_mistake_of_ours_is_a_sentence_too(monkeypatch, capsys):
 def test_info_names_versions_ops_and_modes(capsys):
     run("info")
     said = capsys.readouterr().out
-    for expected in (torch.__version__, "linear_w4a8* (5)", "linear_w4a4* (5)", "quantize_act", "can run", "NUNCHAKU_PY_CUDA", "cpu"):
+    for expected in (torch.__version__, "linear_w4a8* (5)", "linear_w4a4* (5)", "quantize_act", "can run",
+                     "NUNCHAKU_PY_CUDA", "cpu"):
         assert expected in said
     assert "not known" not in said
 

@@ -11,6 +11,7 @@
 namespace nunchaku_py::cuda {
 
 constexpr int FEW_WARPS = 4, CHANNELS = 2, OWN_WEIGHTS = 32;
+constexpr int FEW_BLOCKS = 8;  // on a multiprocessor: enough reads under way
 
 template <class T>
 struct FewRows {
@@ -112,7 +113,7 @@ DEVICE float sum_of_lanes(float value) {
 
 // Rows and channels beyond the end are the last one again, and are not written.
 template <class T, int ROWS, bool SIGNED>
-__global__ void __launch_bounds__(FEW_WARPS * 32, 4) few_rows_kernel(FewRows<T> p) {
+__global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS) few_rows_kernel(FewRows<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int m0 = blockIdx.y * ROWS, n0 = (blockIdx.x * FEW_WARPS + warp) * CHANNELS;
   int rows[ROWS], channels[CHANNELS];
