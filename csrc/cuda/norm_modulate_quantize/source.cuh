@@ -21,8 +21,10 @@ DEVICE Moments merged(const Moments& a, const Moments& b) {
 
 DEVICE Moments moments_of(const float (&x)[OWN]) {
   float sum = 0, m2 = 0;
+#pragma unroll
   for (const float v : x) sum += v;
   const float mean = sum / OWN;
+#pragma unroll
   for (const float v : x) m2 = fmaf(v - mean, v - mean, m2);
   return {float(OWN), mean, m2};
 }
@@ -42,12 +44,14 @@ struct Normed {
     for (int group = warp; group < p.K / GROUP; group += WARPS) {
       uint32_t pairs[2][OWN / 2];
       load_rows(pairs, p, row, group * GROUP + lane % 4 * OWN);
+#pragma unroll
       for (int i = 0; i < 2; ++i) {
         float x[OWN];
         widen<T>(x, pairs[i]);
         found[i] = merged(found[i], moments_of(x));
       }
     }
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Moments whole = of_all<WARPS>(shared + i * WARPS * 24, of_row(found[i]), lane, warp);
       const float square = whole.m2 / whole.count;
@@ -62,6 +66,7 @@ struct Normed {
     load_pairs(weights, norm_weight + column, true);
     float weight[OWN];
     widen<T>(weight, weights);
+#pragma unroll
     for (int i = 0; i < 2; ++i)
       if (row + i * 8 < p.M) modulate(pairs[i], weight, i, (row + i * 8) / rows_of_sample * size_t(p.K) + column);
   }

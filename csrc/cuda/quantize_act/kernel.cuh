@@ -86,7 +86,9 @@ template <int RANKS, int WARPS, class T>
 DEVICE void store_hidden(float* shared, const float (&h)[RANKS / 8][4], const QuantizeParams<T>& p, int row0,
                          int rank0) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+#pragma unroll
   for (int n = 0; n < RANKS / 8; ++n)
+#pragma unroll
     for (int i = 0; i < 4; ++i) sts(shared + (warp * 16 + g + i / 2 * 8) * RANKS + n * 8 + t * 2 + i % 2, h[n][i]);
   __syncthreads();
   for (int i = threadIdx.x; i < 16 * RANKS; i += WARPS * 32) {
@@ -123,6 +125,7 @@ DEVICE void quantize_rows(const uint32_t (&x)[2][OWN / 2], const QuantizeParams<
     const float4 four = ldg<float4>(p.inv_smooth + group * GROUP + t * OWN + i);
     inv_smooth[i] = four.x, inv_smooth[i + 1] = four.y, inv_smooth[i + 2] = four.z, inv_smooth[i + 3] = four.w;
   }
+#pragma unroll
   for (int i = 0; i < 2; ++i) quantize_row(x[i], inv_smooth, p, row + i * 8, group, t);
 }
 
