@@ -70,11 +70,12 @@ struct QkvRope {
     for (int lanes = 1; lanes < head_dim / 4; lanes *= 2) squares += shfl_xor(squares, lanes);
     if (!at.inside) return;
     if (part < 2) turn(y4, at.row, part, column % head_dim, rsqrtf(squares / head_dim + eps));
-    store_four(parts[part] + size_t(at.row) * width + column, y4);
+    T* const to = part == 0 ? parts[0] : part == 1 ? parts[1] : parts[2];  // indexed, they would go to local memory
+    store_four(to + size_t(at.row) * width + column, y4);
   }
 
   DEVICE void turn(float (&y4)[4], int row, int part, int place, float by) const {
-    const float4 weight = ldg<float4>(norms[part] + place);
+    const float4 weight = ldg<float4>((part == 0 ? norms[0] : norms[1]) + place);
     const float4 angles = ldg<float4>(rotary + size_t(row % tokens) * head_dim + place);  // cos, sin, cos, sin
     const float a = y4[0] * by * weight.x, b = y4[1] * by * weight.y, c = y4[2] * by * weight.z,
                 d = y4[3] * by * weight.w;
