@@ -173,10 +173,11 @@ def test_glu_quantize(device: str, gate_first: bool) -> None:
                           ops.linear_w4a4_glu_quantize.reference(*args, *more, row))
 
 
-def test_quantizing(device: str) -> None:
+@pytest.mark.parametrize("ranks", [16, 40, 150])
+def test_quantizing(device: str, ranks: int) -> None:
     torch.manual_seed(0)
     x, inv_smooth = torch.randn(70, 192).bfloat16(), 0.5 + torch.rand(192)
-    down = (torch.randn(40, 192) / 14).bfloat16()
+    down = (torch.randn(ranks, 192) / 14).bfloat16()
     assert_same_quantized(run(ops.quantize_act, device, x, inv_smooth, down, PACKED),
                           ops.quantize_act.reference(x, inv_smooth, down, CODES))
     normed = [ActSpec("int4", 64, norm="layer", layout=layout) for layout in (MMA, "row")]
