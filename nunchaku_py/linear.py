@@ -55,7 +55,7 @@ class QuantizedSite(nn.Module):
         self.file_dtype = dtype  # 16 bit, of the stored tensors: casting the module never changes it
         self.compute_dtype = dtype
         self.requested_mode: str = "auto"
-        self.row_dtype = dtype  # of the rows that come
+        self.row_dtype: torch.dtype | None = None  # of the rows that came last; None: since a move or cast, none has
         self.packed: Packing | None = None
         self.input_key: tuple[str, str] | None = None
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
@@ -142,7 +142,8 @@ class QuantizedSite(nn.Module):
 
     def _packing_dtype(self, mode: Mode) -> torch.dtype | None:
         """Only the CUDA kernels of a4 want their scales in the type of the rows."""
-        return self.row_dtype if mode == "a4" and cuda.asked_for(self.codes.device) else None
+        rows = self.row_dtype or self.compute_dtype
+        return rows if mode == "a4" and cuda.asked_for(self.codes.device) else None
 
     def _residency(self, mode: Mode) -> Residency:
         """Weights stay 4 bits where the kernels take them as they are, or fold them as fast as they read them."""
@@ -156,7 +157,7 @@ class QuantizedSite(nn.Module):
     def why_not_mma(self) -> str | None:
         """Why the CUDA kernels do not multiply 4-bit activations by this site's weight."""
         spec = self.site.linear_spec("a4", self.rows_in)
-        return cuda.why_not_packed(spec, self.rows_out, self.scales.data, self.row_dtype)
+        return cuda.why_not_packed(spec, self.rows_out, self.scales.data, self.row_dtype or self.compute_dtype)
 
     def _fold(self) -> tuple[Tensor | None, Tensor | None]:
         """(folded_codes, folded_scales): INT8 and its scales; or none, and what stands in aux before channel_scale."""
@@ -174,8 +175,7 @@ class QuantizedSite(nn.Module):
             self._derive(name, None)
 
     def ensure_packed(self, dtype: torch.dtype | None = None) -> None:
-        """Before every call, with the dtype of its rows: offloading may have brought the tensors to another device, or
-        hooked itself on since."""
+        """Before every call, with the dtype of its rows: offloading may have moved the tensors, or hooked itself on."""
         if dtype is not None and dtype != self.row_dtype:
             self.row_dtype = dtype
         here = self.packed
@@ -260,12 +260,12 @@ class QuantizedSite(nn.Module):
     # ------------------------------------------------------------------------------------- the nn.Module surface
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves follow; casts do not reach the stored tensors (their bits are the model) but set the compute dtype."""
-        device = self.codes.device
+        device, before = self.codes.device, self.row_dtype or self.compute_dtype
         super()._apply(lambda tensor: move_only(fn, tensor), recurse)
         wanted = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         self.compute_dtype = wanted if wanted in COMPUTE_DTYPES else self.compute_dtype
-        if self.codes.device.type != device.type or self.row_dtype != self.compute_dtype:
-            self.row_dtype = self.compute_dtype
+        self.row_dtype = None
+        if self.codes.device.type != device.type or before != self.compute_dtype:
             self._follow()
         return self
 

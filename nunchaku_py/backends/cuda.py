@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import native, ops
 from ..layout import Layout
-from ..ops.checks import Expected, expect, expect_matrix
+from ..ops.checks import Expected, expect, expect_matrix, short
 from ..ops.epilogue import EPILOGUES
 from ..ops.quantize_act import empty_like_quantized
 from ..ops.registry import Op, forced_backend
@@ -26,7 +26,7 @@ OLDEST, OLDEST_INT4 = 75, 80  # compute capabilities, of all and of INT4's kerne
 TYPES = {torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"layer": 1, "rms": 2}
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "silu": 3}
-RANKS = 16  # the kernels multiply by so many ranks at a time
+RANKS, NEXT_RANKS = 16, 8  # the kernels multiply by so many ranks at a time: of up, of the next linear's down
 WARP = 32
 FEW = 64  # rows that the kernel of linear_w4a16 takes: it decodes the weight anew for every four
 WIDEST_HEAD = 128  # a head lies in one tile
@@ -55,7 +55,7 @@ def why_not_packed(spec: LinearSpec, n: int, scales: Tensor, dtype: torch.dtype)
         return f"the backend '{forced_backend()}' is asked for"
     refused = _refuses_device(scales) or _refuses_dtype(dtype) or _refuses_weight(spec, n)
     if refused is None and not torch.equal(scales.to(dtype).float(), scales.float()):
-        return f"its scales are no {str(dtype)[6:]} numbers"
+        return f"its scales are no {short(dtype)} numbers"
     return refused
 
 
@@ -92,7 +92,7 @@ def runs_on(target: str, capability: tuple[int, int]) -> bool:
 
 
 def _refuses_dtype(dtype: torch.dtype) -> str | None:
-    return None if dtype in TYPES else f"it computes in bfloat16 or float16, not {str(dtype)[6:]}"
+    return None if dtype in TYPES else f"it computes in bfloat16 or float16, not {short(dtype)}"
 
 
 def _refuses_act(spec: ActSpec, k: int) -> str | None:
@@ -126,7 +126,7 @@ def _refuses_linear(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, *args: Tenso
 
 
 def _other_scales(sw: Tensor, up: Tensor) -> str:
-    return f"the weight's scales are {str(sw.dtype)[6:]}, and it computes in {str(up.dtype)[6:]}"
+    return f"the weight's scales are {short(sw.dtype)}, and it computes in {short(up.dtype)}"
 
 
 def _refuses_few(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, *args: Tensor | LinearSpec) -> str | None:
@@ -236,10 +236,11 @@ class _Linear:
         out = empty_like_quantized(self.up, self.m, width, down, spec)
         if self.m == 0:
             return out
-        inv_smooth, padded = _aligned(inv_smooth), _aligned(F.pad(down, (0, 0, 0, -down.shape[0] % 8)))
+        missing = -down.shape[0] % NEXT_RANKS
+        inv_smooth, padded = _aligned(inv_smooth), _aligned(F.pad(down, (0, 0, 0, missing)) if missing else down)
         count = kernels.gelu_parts if suffix == "_gelu_quantize" else kernels.glu_parts
         parts = out[2].new_empty(count(_where(self.qx)[0], self.m, self.n), self.m, padded.shape[0])
-        h = out[2] if padded.shape == down.shape else out[2].new_empty(parts.shape[1:])
+        h = out[2].new_empty(parts.shape[1:]) if missing else out[2]
         run = getattr(kernels, f"linear_w4a4{suffix}")
         run(self.arguments(), kernels.NextArguments(
             ACTIVATIONS[self.spec.activation], self.spec.gate_first, spec.format == "uint4", spec.shift,

@@ -1,24 +1,26 @@
 """How scales lie on the device (csrc/cuda/common/scales.h)."""
 from torch import Tensor
 
+from nunchaku_py.backends.cuda import packed_scales
 from nunchaku_py.layout import Layout
+from nunchaku_py.ops.spec import padded_rows
 
-BLOCK = 64
+GROUP = 64
 _TOKENS = Layout("(M m:4 i:2 g:8) (G) -> G M g m i")
-_CHANNELS = Layout("(N n:8 t:4 e:2) (G) -> G N t n e")
 
 
 def of_tokens(scales: Tensor) -> Tensor:
-    return _TOKENS.pack(_TOKENS.pad(scales))
+    padded = _TOKENS.pad(scales)
+    return _TOKENS.pack(padded).view(padded.shape[1], padded.shape[0])
 
 
 def of_channels(scales: Tensor) -> Tensor:
-    return _CHANNELS.pack(_CHANNELS.pad(scales))
+    return packed_scales(scales, scales.dtype)
 
 
 def empty_of_tokens(rows: int, like: Tensor, k: int) -> Tensor:
     """Where a kernel puts the scales of an activation (rows, k): NaN."""
-    return like.new_full((k // BLOCK, -(-rows // BLOCK) * BLOCK), float("nan"))
+    return like.new_full((k // GROUP, padded_rows(rows)), float("nan"))
 
 
 def tokens_in_rows(stored: Tensor, rows: int) -> Tensor:

@@ -31,4 +31,6 @@ const char* quantize(Call& call, Array x, Array inv_smooth, Array down, Array qx
   }
 EXPORT(bfloat16_16, bf16, 16)
 EXPORT(bfloat16_32, bf16, 32)
+EXPORT(bfloat16_64, bf16, 64)
+EXPORT(bfloat16_128, bf16, 128)
 EXPORT(float16_32, f16, 32)

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map_only
 import nunchaku_py as nq
 from nunchaku_py import native, ops
 from nunchaku_py.backends import cuda
+from nunchaku_py.chain import GELU, no_ending
 from nunchaku_py.commands.op_samples import sample
+from nunchaku_py.explain import _explain_site
 from nunchaku_py.linear import QuantizedSite, QuantLinear
 from nunchaku_py.ops import ActSpec, LinearSpec, backend
 from nunchaku_py.ops.spec import MMA
@@ -93,18 +95,13 @@ def operands(m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16
 
 def packed(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     qx, sx, qw, sw, *rest = args
-    return (qx, of_tokens(sx).view(sx.shape[1], -1), qw, cuda.packed_scales(sw, sw.dtype), *rest)
+    return (qx, of_tokens(sx), qw, of_channels(sw), *rest)
 
 
 def specs(k: int, **more: object) -> tuple[LinearSpec, LinearSpec]:
     """(in rows, packed)"""
     return LinearSpec("int4", 64, k, CODES, **more), LinearSpec(
         "int4", 64, k, PACKED, layout=MMA, **{**more, "next": more.get("next") and PACKED})
-
-
-def test_scales_of_weights_are_packed_as_the_kernels_want_them() -> None:
-    scales = torch.rand(144, 3).bfloat16()
-    assert torch.equal(cuda.packed_scales(scales, torch.bfloat16).flatten(), of_channels(scales).flatten())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -134,7 +131,7 @@ def test_qkv_rope(device: str) -> None:
 def assert_same_quantized(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     """Scales as near as their rounding; codes equal but where a value lies between two; h near."""
     (qx, sx, h), (want_qx, want_sx, want_h) = got, want
-    sx = tokens_in_rows(sx.flatten().view(sx.shape), h.shape[0])
+    sx = tokens_in_rows(sx, h.shape[0])
     assert ((sx.double() - want_sx.double()).abs() <= 0.02 * want_sx.double()).all()
     off = [((a.int() >> shift & 15) - (b.int() >> shift & 15)).abs() for a, b in ((qx, want_qx),) for shift in (0, 4)]
     off = torch.minimum(torch.stack(off), 16 - torch.stack(off))
@@ -302,18 +299,23 @@ def output(model: torch.nn.Module, inputs: dict, device: str) -> Tensor:
     return model.to(device)(**there)[0].float().cpu()
 
 
+def linear(n: int, k: int) -> QuantLinear:
+    """A quantized linear of random numbers in bf16, in a4."""
+    torch.manual_seed(n + k)
+    module = QuantLinear(Site("w4a4", "int4", 64, 16), k, n, True, torch.bfloat16)
+    weight = QTensor.quantize(torch.randn(n, k) / k**0.5, module.site.weight_format)
+    for name, tensor in {"codes": weight.codes, "scales": weight.scales, "smooth": torch.ones(k).bfloat16(),
+                         "down": torch.randn(16, k).bfloat16() / 30, "up": torch.randn(n, 16).bfloat16() / 30,
+                         "bias": torch.randn(n).bfloat16()}.items():
+        module.set_tensor(name, tensor)
+    module.set_mode("a4")
+    return module
+
+
 @pytest.mark.usefixtures("as_gpu")
 def test_rows_of_another_type_pack_the_site_for_them() -> None:
     """Float16 has these scales too; float32 rows run on the reference, as no kernel takes them; and so back."""
-    torch.manual_seed(0)
-    module = QuantLinear(Site("w4a4", "int4", 64, 16), 128, 64, True, torch.bfloat16)
-    weight = QTensor.quantize(torch.randn(64, 128) / 11, module.site.weight_format)
-    for name, tensor in {"codes": weight.codes, "scales": weight.scales, "smooth": torch.ones(128).bfloat16(),
-                         "down": torch.randn(16, 128).bfloat16() / 30, "up": torch.randn(64, 16).bfloat16() / 30,
-                         "bias": torch.randn(64).bfloat16()}.items():
-        module.set_tensor(name, tensor)
-    module.set_mode("a4")
-    x = torch.randn(5, 128)
+    module, x = linear(64, 128), torch.randn(5, 128)
     exact = x @ module.effective_weight().T + module.bias.float()
     for dtype, residency in ((torch.bfloat16, "mma"), (torch.float16, "mma"), (torch.float32, "codes"),
                              (torch.bfloat16, "mma")):
@@ -327,6 +329,30 @@ def test_rows_of_another_type_pack_the_site_for_them() -> None:
     module(x.bfloat16())
     assert module.packed.residency == "mma" and copy.deepcopy(module)(x.bfloat16()).isfinite().all()
     assert set(module.state_dict()) == {"codes", "scales", "smooth", "down", "up", "bias"}
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_a_cast_packs_for_what_it_computes_in() -> None:
+    """Before any row has come: what is compiled next finds it packed."""
+    module = linear(64, 128)
+    assert module.mma_scales.dtype == torch.bfloat16
+    module.to(torch.float16)
+    module.set_mode("a4")
+    assert module.packed.dtype == module.mma_scales.dtype == torch.float16
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_a_reader_that_is_packed_otherwise_takes_no_ending() -> None:
+    first, alike, other = linear(128, 64), linear(64, 128), linear(24, 128)  # 24 channels are none of the kernels'
+    assert no_ending(first, GELU, alike) is None
+    assert no_ending(first, GELU, other) == "it is packed as 'mma', and the linear that reads its output as 'row'"
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_explain_says_why_a_site_is_not_packed_for_the_kernels() -> None:
+    odd = linear(24, 128)
+    for said in _explain_site(odd, 1, 4):
+        assert said.refusals["cuda"] == "it takes output channels in multiples of 16, not 24"
 
 
 @pytest.mark.gpu

@@ -15,14 +15,14 @@ constexpr int FEW_BLOCKS = 8;  // on a multiprocessor: enough reads under way
 
 template <class T>
 struct FewRows {
-  const T* x;                // (M, K)
-  const uint8_t* qw;         // (N, K/2)
-  const T *scales, *zeros;   // (N, ceil(K/group)); zeros: null if codes are signed
-  const float* h;            // (M, R)
-  const T* up;               // (N, R)
-  const float* bias;         // (N)
-  T* y;                      // (M, N)
-  int M, N, K, R, group;     // K and group multiples of 32
+  const T* x;               // (M, K)
+  const uint8_t* qw;        // (N, K/2)
+  const T *scales, *zeros;  // (N, ceil(K/group)); zeros: null if codes are signed
+  const float* h;           // (M, R)
+  const T* up;              // (N, R)
+  const float* bias;        // (N)
+  T* y;                     // (M, N)
+  int M, N, K, R, group;    // K and group multiples of 32
 };
 
 // How a channel's 32 weights are decoded.

@@ -22,9 +22,9 @@ void linear_w4a16(const FewRowsArguments& a) {
   const OnDevice here(a.where.device);
   with_type(a.type, [&]<class T>(T) {
     const auto typed = [](const void* p) { return static_cast<const T*>(p); };
-    const FewRows<T> p = {typed(a.x),   a.qw,   typed(a.scales),     typed(a.zeros), a.h, typed(a.up),
-                          a.bias,       static_cast<T*>(a.y), a.m, a.n,            a.k, a.r,
-                          a.group};
+    const FewRows<T> p = {typed(a.x), a.qw,   typed(a.scales),      typed(a.zeros), a.h,
+                          typed(a.up), a.bias, static_cast<T*>(a.y), a.m,            a.n,
+                          a.k,         a.r,    a.group};
     const auto stream = static_cast<stream_t>(a.where.stream);
     a.m == 1 ? launch_few<T, 1>(p, stream) : a.m == 2 ? launch_few<T, 2>(p, stream) : launch_few<T, 4>(p, stream);
   });

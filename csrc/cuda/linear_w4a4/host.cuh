@@ -27,7 +27,7 @@ void with_tile(Choice choice, Body body) {
   }
 }
 
-// The kernel whose epilogue writes y as it is; Epilogue is made of T by `epilogue(T)`.
+// With an epilogue that writes y, or what becomes of it, in 16 bit.
 template <class T, bool UNSIGNED, class Epilogue>
 void launch_linear(const LinearArguments& a, const Epilogue& epilogue) {
   with_tile(choose({a.m, a.n}, multiprocessors(a.where.device)), [&]<class Tile>(Tile) {
