@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.training import captions, data, flux, layout, loop, lora, muon, restore, sdxl, text, text_models, vae
 from nunchaku_py.demo import shipped
+from nunchaku_py.demo.render import render
 from nunchaku_py.demo.scenes import COLOURS, SHAPES, Scene, Thing, describe, draw, read
 
 PLAN = loop.Plan(steps=12, batch=4, rate=1e-2, warmup=3)
@@ -324,6 +325,15 @@ def test_nothing_is_trained_on_held_out_pairs():
     for one in lora.LORAS.values():
         chance = random.Random(0)
         assert not any(one.scene(chance).held_out for _ in range(500)), one
+
+
+def test_pictures_of_other_scenes_are_drawn_anew(monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 2)
+    for seed in (1, 2, 1):
+        monkeypatch.setattr(data, "SOURCES", {"few": data.Source(2, seed)})
+        found = data.pictures("few")
+        assert torch.equal(found.pixels, data.to_bytes(render(found.scenes)))
+    assert len(list((data.OUT / "pictures").iterdir())) == 2
 
 
 def test_runs_go_on_from_what_is_shipped(out: Path, capsys):
