@@ -1,6 +1,7 @@
 // The CUDA ops for Python: the other half of module.cpp, apart so that tests can bind kernels that run on the host.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cuda/arguments.h"
 
@@ -46,6 +47,10 @@ inline LinearArguments linear_arguments(int device, Address stream, int type, in
   return a;
 }
 
+inline StoreArguments store_arguments(Address y) {
+  return {at<void>(y)};
+}
+
 inline GateResidualArguments gate_residual_arguments(Address gate, Address residual, int samples, Address y) {
   return {at<void>(gate), at<void>(residual), samples, at<void>(y)};
 }
@@ -75,6 +80,14 @@ inline FewRowsArguments few_rows_arguments(int device, Address stream, int type,
   return a;
 }
 
+using Sizes = std::vector<std::pair<int, int>>;
+
+inline std::vector<Problem> problems(const Sizes& sizes) {
+  std::vector<Problem> found;
+  for (const auto& [m, n] : sizes) found.push_back({m, n});
+  return found;
+}
+
 inline void bind_cuda(py::module_ m) {
   using Free = py::call_guard<py::gil_scoped_release>;
   const py::module_local local;  // tests have both the native module and the kernels of the host
@@ -82,6 +95,7 @@ inline void bind_cuda(py::module_ m) {
       .def(py::init(&quantize_arguments))
       .def("set_norm", &set_norm);
   py::class_<LinearArguments>(m, "LinearArguments", local).def(py::init(&linear_arguments));
+  py::class_<StoreArguments>(m, "StoreArguments", local).def(py::init(&store_arguments));
   py::class_<GateResidualArguments>(m, "GateResidualArguments", local).def(py::init(&gate_residual_arguments));
   py::class_<QkvRopeArguments>(m, "QkvRopeArguments", local).def(py::init(&qkv_rope_arguments));
   py::class_<NextArguments>(m, "NextArguments", local).def(py::init(&next_arguments));
@@ -89,14 +103,17 @@ inline void bind_cuda(py::module_ m) {
   m.def("linear_w4a16", &linear_w4a16, Free());
   m.def("quantize_act", &quantize_act, Free());
   m.def("norm_modulate_quantize", &norm_modulate_quantize, Free());
-  m.def(
-      "linear_w4a4", [](const LinearArguments& a, Address y) { linear_w4a4(a, at<void>(y)); }, Free());
+  m.def("linear_w4a4", &linear_w4a4, Free());
   m.def("linear_w4a4_gate_residual", &linear_w4a4_gate_residual, Free());
   m.def("linear_w4a4_qkv_rope", &linear_w4a4_qkv_rope, Free());
   m.def("linear_w4a4_gelu_quantize", &linear_w4a4_gelu_quantize, Free());
   m.def("linear_w4a4_glu_quantize", &linear_w4a4_glu_quantize, Free());
-  m.def("gelu_parts", &gelu_parts, "(device, m, n) -> parts of h that linear_w4a4_gelu_quantize leaves");
-  m.def("glu_parts", &glu_parts, "(device, m, n) -> parts of h that linear_w4a4_glu_quantize leaves");
+  m.def(
+      "gelu_parts", [](int device, const Sizes& sizes) { return gelu_parts(device, problems(sizes)); },
+      "(device, [(m, n)]) -> parts of h that linear_w4a4_gelu_quantize leaves of each");
+  m.def(
+      "glu_parts", [](int device, const Sizes& sizes) { return glu_parts(device, problems(sizes)); },
+      "(device, [(m, n)]) -> parts of h that linear_w4a4_glu_quantize leaves of each");
 }
 
 }  // namespace nunchaku_py::cuda

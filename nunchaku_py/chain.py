@@ -30,22 +30,21 @@ class Between(NamedTuple):
 
 
 def between(first: QuantizedSite, x: QuantizedInput, what: Between, second: QuantizedSite, dtype: torch.dtype
-            ) -> QuantizedInput:
-    """The quantized input of `second`, from the quantized input of `first`."""
-    qw, sw, aux, up, bias = first.operands(dtype)
+            ) -> ops.Call:
+    """What gives the tensors of second's QuantizedInput, from the quantized input of `first`."""
     second.ensure_packed(dtype)
+    act = first.linear_spec.act.format
     spec = _quantizing_spec(first.linear_spec.token, what.activation, what.gate_first, second.linear_spec.act.token)
-    op = _ENDINGS[what.ending][first.linear_spec.act.format]
     down, _ = second.branch(dtype)
-    return QuantizedInput(*op(x.qx, x.sx, qw, sw, aux, x.h, up, bias, second.inv_smooth, down, spec))
+    operands = first.product(x, dtype).args[:-1]
+    return ops.Call(_ENDINGS[what.ending][act], (*operands, second.inv_smooth, down, spec))
 
 
-def gate_residual(site: QuantizedSite, x: QuantizedInput, gate: Tensor, residual: Tensor) -> Tensor:
-    """residual (…,N) + gate (B,N) · site(x), rounded once."""
-    qw, sw, aux, up, bias = site.operands(residual.dtype)
+def gate_residual(site: QuantizedSite, x: QuantizedInput, gate: Tensor, residual: Tensor) -> ops.Call:
+    """residual (M,N) + gate (B,N) · site(x), rounded once; `residual` may be (…,N)."""
+    *operands, spec = site.product(x, residual.dtype).args
     rows = residual.reshape(-1, residual.shape[-1]).contiguous()
-    op = _ENDINGS[GATE_RESIDUAL][site.linear_spec.act.format]
-    return op(x.qx, x.sx, qw, sw, aux, x.h, up, bias, gate.contiguous(), rows, site.linear_spec).view(residual.shape)
+    return ops.Call(_ENDINGS[GATE_RESIDUAL][site.linear_spec.act.format], (*operands, gate.contiguous(), rows, spec))
 
 
 def modulated(x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, site: QuantizedSite) -> QuantizedInput:

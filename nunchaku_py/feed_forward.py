@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from . import ops
 from .chain import GLU, Between, active_dropout, between, no_ending
 from .fusion import Fusion, class_path, hooked, own_forward, why_not_installed
 from .linear import QuantizedInput, QuantLinear, wants_gradient
@@ -105,7 +107,8 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     x, (_, first) = as_autocast(x), members(module).first
     if x.shape[-1] != first.in_features:
         return own_forward(module)(module, *args, **kwargs)  # which says so
-    second, hidden = to_second(module, first.quantize_input(x.reshape(-1, first.in_features)), x.dtype)
+    quantized = first.quantize_input(x.reshape(-1, first.in_features))
+    hidden, second = QuantizedInput(*to_second(module, quantized, x.dtype).run()), members(module).second[1]
     return second.multiply(hidden, x.dtype).reshape(*x.shape[:-1], second.out_features)
 
 
@@ -116,11 +119,10 @@ def _input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | N
     return args[0] if args else kwargs.get(PARAMETER.get(class_path(module)))
 
 
-def to_second(module: nn.Module, x: QuantizedInput, dtype: Any) -> tuple[QuantLinear, QuantizedInput]:
-    """(second linear, its quantized input) from the quantized input of the first."""
+def to_second(module: nn.Module, x: QuantizedInput, dtype: torch.dtype) -> ops.Call:
+    """The quantized input of the second linear from that of the first."""
     parts = members(module)
-    second = parts.second[1]
-    return second, between(parts.first[1], x, what_between(parts.activation[1]), second, dtype)
+    return between(parts.first[1], x, what_between(parts.activation[1]), parts.second[1], dtype)
 
 
 FEED_FORWARDS = Fusion("feed-forward without a 16-bit tensor between its linears", concerns, refuses, forward)

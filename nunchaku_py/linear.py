@@ -95,14 +95,12 @@ class QuantizedSite(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- packing
     @property
-    def mode(self) -> Mode:
-        """What the site runs in, on the device where it is."""
+    def mode(self) -> Mode:  # what the site runs in, on the device where it is
         if self.site.kind == "w4a16" or self.requested_mode == "auto":
             return auto_mode(self.site, self.codes.device)
         return self.requested_mode
 
-    def set_mode(self, mode: str, now: bool = True) -> None:
-        """Choose the activation mode; now=False leaves packing to the first call or move."""
+    def set_mode(self, mode: str, now: bool = True) -> None:  # not now: packing is left to the first call or move
         if mode != "auto" and mode not in MODES:
             raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
         if mode != self.requested_mode:
@@ -111,8 +109,7 @@ class QuantizedSite(nn.Module):
         if now and self.has_data():
             self.pack()
 
-    def has_data(self) -> bool:
-        """False on the meta device, where offloading leaves the tensors between calls."""
+    def has_data(self) -> bool:  # not on the meta device, where offloading leaves the tensors between calls
         return not any(p.is_meta for p in self._parameters.values() if p is not None)
 
     @torch.no_grad()
@@ -245,11 +242,14 @@ class QuantizedSite(nn.Module):
             return self.channel_scale
         return self.zeros if self.site.format == "uint4" else like.new_empty(0)
 
-    def multiply(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
-        """Quantized rows → y (M,N)."""
+    def product(self, x: QuantizedInput, dtype: torch.dtype) -> ops.Call:
+        """Quantized rows → y (M,N), not computed yet."""
         qw, sw, aux, up, bias = self.operands(dtype)
         op = LINEAR_OPS[self.linear_spec.act.format]
-        return op(x.qx, x.sx, qw, sw, aux, x.h, up, bias, self.linear_spec)
+        return ops.Call(op, (x.qx, x.sx, qw, sw, aux, x.h, up, bias, self.linear_spec))
+
+    def multiply(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
+        return self.product(x, dtype).run()
 
     def apply_rows(self, rows: Tensor) -> Tensor:
         rows = as_autocast(rows)

@@ -26,10 +26,6 @@ class Seen(NamedTuple):
     version: int
 
 
-def seen(x: Tensor, key: tuple[str, str], quantized: QuantizedInput) -> Seen:
-    return Seen(x, key, quantized, _version(x))
-
-
 def _version(x: Tensor) -> int:
     """By which a change in place is noticed. Inference tensors count none, and a graph must not depend on it."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -38,11 +34,11 @@ def _version(x: Tensor) -> int:
 class View:
     """A module as its forward sees it: linears called on one tensor share its quantized form.
 
-    seen: inputs that are quantized already. instead: what stands for some attributes of the module.
+    instead: what stands for some attributes of the module.
     """
 
-    def __init__(self, module: nn.Module, seen: Sequence[Seen] = (), **instead: Any) -> None:
-        self.__dict__.update(_module=module, _seen=list(seen), _instead=instead)
+    def __init__(self, module: nn.Module, **instead: Any) -> None:
+        self.__dict__.update(_module=module, _seen=[], _instead=instead)
 
     def __getattr__(self, name: str) -> Any:
         instead = self.__dict__["_instead"]
@@ -78,7 +74,8 @@ class _Sharing:
             if tensor is x and other == key and version == _version(x):
                 return quantized
         quantized = self._linear.quantize_input(cast.reshape(-1, x.shape[-1]))
-        self._seen[:] = [seen(x, key, quantized)]  # the last is enough: projections of one input are called in a row
+        # The last is enough: projections of one input are called in a row.
+        self._seen[:] = [Seen(x, key, quantized, _version(x))]
         return quantized
 
 

@@ -24,7 +24,7 @@ def counted() -> Iterator[Counter[str]]:
     with pytest.MonkeyPatch.context() as patch:
         calls: Counter[str] = Counter()
         for name, op in ops.OPS.items():
-            patch.setattr(op, "dispatch", lambda *args, n=name, run=op.dispatch: (calls.update([n]), run(*args))[1])
+            patch.setattr(op, "_run", lambda *args, n=name, run=op._run: (calls.update([n]), run(*args))[1])
         yield calls
 
 

@@ -3,6 +3,8 @@
 // wait nor allocate.
 #pragma once
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace nunchaku_py::cuda {
 
@@ -47,6 +49,10 @@ struct LinearArguments {
   const float* bias = nullptr;
 };
 
+struct StoreArguments {
+  void* y = nullptr;
+};
+
 struct GateResidualArguments {
   const void *gate = nullptr, *residual = nullptr;  // (samples, n), (m, n)
   int samples = 1;
@@ -71,7 +77,7 @@ struct NextArguments {
   std::uint8_t* qx = nullptr;
   void* sx = nullptr;
   float* h = nullptr;
-  float* parts = nullptr;  // (next_parts(…), m, r)
+  float* parts = nullptr;  // (gelu_parts or glu_parts, m, r)
 };
 
 // linear_w4a16: all in rows.
@@ -93,14 +99,22 @@ void norm_modulate_quantize(const QuantizeArguments& a);
 
 void linear_w4a16(const FewRowsArguments& a);
 
-void linear_w4a4(const LinearArguments& a, void* y);
-void linear_w4a4_gate_residual(const LinearArguments& a, const GateResidualArguments& to);
-void linear_w4a4_qkv_rope(const LinearArguments& a, const QkvRopeArguments& to);
-void linear_w4a4_gelu_quantize(const LinearArguments& a, const NextArguments& to);
-void linear_w4a4_glu_quantize(const LinearArguments& a, const NextArguments& to);
+// Linears in one launch, of which none needs the others: of one device and type, their codes signed or not alike.
+template <class To>
+using Calls = std::vector<std::pair<LinearArguments, To>>;
 
-// How many parts of h the last two leave.
-int gelu_parts(int device, int m, int n);
-int glu_parts(int device, int m, int n);
+void linear_w4a4(const Calls<StoreArguments>& calls);
+void linear_w4a4_gate_residual(const Calls<GateResidualArguments>& calls);
+void linear_w4a4_qkv_rope(const Calls<QkvRopeArguments>& calls);
+void linear_w4a4_gelu_quantize(const Calls<NextArguments>& calls);
+void linear_w4a4_glu_quantize(const Calls<NextArguments>& calls);
+
+struct Problem {
+  int m, n;
+};
+
+// How many parts of h each call of the last two leaves.
+std::vector<int> gelu_parts(int device, const std::vector<Problem>& problems);
+std::vector<int> glu_parts(int device, const std::vector<Problem>& problems);
 
 }  // namespace nunchaku_py::cuda

@@ -5,7 +5,8 @@ those of weights are put there by `packed_scales`, once; those of activations by
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -22,7 +23,7 @@ from ..ops.spec import MMA, ROW, ActSpec, LinearSpec, padded_rows
 
 DEVICE = "cuda"
 GROUP = 64
-OLDEST, OLDEST_INT4 = 75, 80  # compute capabilities, of all and of INT4's kernels: setup.py's CUDA_SOURCES
+OLDEST, OLDEST_BF16 = 75, 80  # compute capabilities; 7.5 multiplies float16 only
 TYPES = {torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"layer": 1, "rms": 2}
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "silu": 3}
@@ -30,7 +31,8 @@ RANKS, NEXT_RANKS = 16, 8  # the kernels multiply by so many ranks at a time: of
 WARP = 32
 FEW = 64  # rows that the kernel of linear_w4a16 takes: it decodes the weight anew for every four
 WIDEST_HEAD = 128  # a head lies in one tile
-REACH = 2**32  # bytes that an offset in a kernel can say
+TOGETHER = 6  # linears of a launch: kernel.cuh's PARTS
+LONGEST = 2**16 * GROUP  # inputs whose groups a kernel counts in 16 bits
 _CHANNELS = Layout("(N n:8 t:4 e:2) (G) -> G N t n e")
 _EPILOGUES = {epilogue.suffix: epilogue for epilogue in EPILOGUES}
 
@@ -53,19 +55,19 @@ def why_not_packed(spec: LinearSpec, n: int, scales: Tensor, dtype: torch.dtype)
     """Why a weight's scales stay as the file holds them, on this device and for activations of this dtype."""
     if scales.device.type == DEVICE and not asked_for(scales.device):
         return f"the backend '{forced_backend()}' is asked for"
-    refused = _refuses_device(scales) or _refuses_dtype(dtype) or _refuses_weight(spec, n)
+    refused = _refuses_device(scales) or _refuses_dtype(dtype, scales.device) or _refuses_weight(spec, n)
     if refused is None and not torch.equal(scales.to(dtype).float(), scales.float()):
         return f"its scales are no {short(dtype)} numbers"
     return refused
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
-def _refuses_device(tensor: Tensor, oldest: int = OLDEST_INT4) -> str | None:
+def _refuses_device(tensor: Tensor) -> str | None:
     if not hasattr(native.module, "cuda"):
         return native.status()
     if tensor.device.type != DEVICE:
         return f"the tensors are on {tensor.device.type}"
-    return _refuses_capability(_capability(tensor.device), oldest)
+    return _refuses_capability(_capability(tensor.device))
 
 
 @cache
@@ -74,10 +76,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _refuses_capability(capability: tuple[int, int], oldest: int) -> str | None:
+def _refuses_capability(capability: tuple[int, int]) -> str | None:
     major, minor = capability
-    if major * 10 + minor < oldest:
-        return f"its kernels need compute capability {oldest / 10}, this GPU has {major}.{minor}"
+    if major * 10 + minor < OLDEST:
+        return f"its kernels need compute capability {OLDEST / 10}, this GPU has {major}.{minor}"
     if not any(runs_on(target, capability) for target in native.cuda_targets()):
         return f"it was not built for compute capability {major}.{minor}, but for {', '.join(native.cuda_targets())}"
     return None
@@ -91,13 +93,21 @@ def runs_on(target: str, capability: tuple[int, int]) -> bool:
     return (major, minor) == capability if target[-1] == "a" else major == capability[0] and minor <= capability[1]
 
 
-def _refuses_dtype(dtype: torch.dtype) -> str | None:
-    return None if dtype in TYPES else f"it computes in bfloat16 or float16, not {short(dtype)}"
+def _refuses_dtype(dtype: torch.dtype, device: torch.device, oldest_bf16: int = OLDEST_BF16) -> str | None:
+    if dtype not in TYPES:
+        return f"it computes in bfloat16 or float16, not {short(dtype)}"
+    major, minor = _capability(device)
+    if dtype == torch.bfloat16 and major * 10 + minor < oldest_bf16:
+        return (f"a GPU of compute capability {major}.{minor} multiplies no bfloat16: model.to(torch.float16) runs on "
+                "its kernels")
+    return None
 
 
 def _refuses_act(spec: ActSpec, k: int) -> str | None:
     if spec.format not in ("int4", "uint4") or spec.group != GROUP:
         return f"its activations are INT4 in groups of {GROUP}, not {spec.format} in groups of {spec.group}"
+    if k >= LONGEST:
+        return f"it takes fewer than {LONGEST} inputs, not {k}"
     return f"it takes inputs in whole groups of {GROUP}, not {k}" if k % GROUP else None
 
 
@@ -106,22 +116,18 @@ def _refuses_weight(spec: LinearSpec, n: int) -> str | None:
         return f"its weights are INT4 in groups of {GROUP}, not {spec.weight} in groups of {spec.group}"
     if n % 16:
         return f"it takes output channels in multiples of 16, not {n}"
-    if n * spec.k // 2 >= REACH:
-        return f"a weight of {n} x {spec.k} is too large for its offsets"
     return _refuses_act(spec.act, spec.k)
 
 
 def _refuses_quantize(x: Tensor, *args: Tensor | ActSpec) -> str | None:
-    return _refuses_device(x) or _refuses_dtype(x.dtype) or _refuses_act(args[-1], x.shape[1])
+    return _refuses_device(x) or _refuses_dtype(x.dtype, x.device) or _refuses_act(args[-1], x.shape[1])
 
 
 def _refuses_linear(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, *args: Tensor | LinearSpec) -> str | None:
     spec, up = args[-1], args[2]
-    refused = _refuses_device(qx) or _refuses_dtype(up.dtype) or _refuses_weight(spec, qw.shape[0])
+    refused = _refuses_device(qx) or _refuses_dtype(up.dtype, qx.device) or _refuses_weight(spec, qw.shape[0])
     if refused:
         return refused
-    if qx.shape[0] * spec.k // 2 >= REACH:
-        return f"{qx.shape[0]} rows of {spec.k} are too many for its offsets"
     return None if sw.dtype == up.dtype else _other_scales(sw, up)
 
 
@@ -132,7 +138,7 @@ def _other_scales(sw: Tensor, up: Tensor) -> str:
 def _refuses_few(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, *args: Tensor | LinearSpec) -> str | None:
     """Of the kernel for few rows, which reads everything in rows."""
     spec, up = args[-1], args[2]
-    refused = _refuses_device(qx, OLDEST) or _refuses_dtype(up.dtype)
+    refused = _refuses_device(qx) or _refuses_dtype(up.dtype, qx.device, OLDEST)  # it uses no tensor cores
     if refused:
         return refused
     if spec.weight not in ("int4", "uint4") or spec.group % WARP or spec.k % WARP:
@@ -209,15 +215,16 @@ def norm_modulate_quantize(
 
 # -------------------------------------------------------------------------------------------------------------- linears
 class _Linear:
-    """The operands of a linear op, as kernels read them, alive until the kernel is on its stream."""
+    """The operands of a linear op, as kernels read them, and what else its ending takes: alive until the kernel is on
+    its stream."""
 
-    def __init__(self, operands: tuple[Tensor, ...], spec: LinearSpec) -> None:
-        qx, sx, qw, sw, _, h, up, bias = operands
-        expect(qx, _operands(qx, sx, qw, sw, h, up, bias, spec))
+    def __init__(self, args: tuple) -> None:
+        (qx, sx, qw, sw, _, h, up, bias), self.extra, self.spec = args[:8], args[8:-1], args[-1]
+        expect(qx, _operands(qx, sx, qw, sw, h, up, bias, self.spec))
         if ranks := -up.shape[1] % RANKS:
             h, up = F.pad(h, (0, ranks)), F.pad(up, (0, ranks))
         self.qx, self.sx, self.qw, self.sw, self.h, self.up = map(_aligned, (qx, sx, qw, sw, h, up))
-        self.bias, self.spec = _aligned(bias, torch.float32), spec
+        self.bias = _aligned(bias, torch.float32)
         self.m, self.n = qx.shape[0], qw.shape[0]
 
     def arguments(self):
@@ -226,27 +233,12 @@ class _Linear:
             self.sx.data_ptr(), self.spec.act.format == "uint4", self.qw.data_ptr(), self.sw.data_ptr(),
             self.h.data_ptr(), self.up.data_ptr(), self.bias.data_ptr())
 
-    def expect_more(self, suffix: str, *extra: Tensor) -> None:
-        expect(self.qx, _EPILOGUES[suffix].check(self.up, self.m, self.n, *extra, self.spec))
+    def expect_more(self, suffix: str) -> None:
+        expect(self.qx, _EPILOGUES[suffix].check(self.up, self.m, self.n, *self.extra, self.spec))
 
-    def quantized(self, suffix: str, width: int, inv_smooth: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The activated value, `width` columns, quantized for the next linear."""
-        self.expect_more(suffix, inv_smooth, down)
-        spec, kernels = self.spec.next, native.module.cuda
-        out = empty_like_quantized(self.up, self.m, width, down, spec)
-        if self.m == 0:
-            return out
-        missing = -down.shape[0] % NEXT_RANKS
-        inv_smooth, padded = _aligned(inv_smooth), _aligned(F.pad(down, (0, 0, 0, missing)) if missing else down)
-        count = kernels.gelu_parts if suffix == "_gelu_quantize" else kernels.glu_parts
-        parts = out[2].new_empty(count(_where(self.qx)[0], self.m, self.n), self.m, padded.shape[0])
-        h = out[2].new_empty(parts.shape[1:]) if missing else out[2]
-        run = getattr(kernels, f"linear_w4a4{suffix}")
-        run(self.arguments(), kernels.NextArguments(
-            ACTIVATIONS[self.spec.activation], self.spec.gate_first, spec.format == "uint4", spec.shift,
-            inv_smooth.data_ptr(), padded.data_ptr(), padded.shape[0], out[0].data_ptr(), out[1].data_ptr(),
-            h.data_ptr(), parts.data_ptr()))
-        return out[0], out[1], h[:, :down.shape[0]].contiguous()
+    def keep(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        self.extra = tensors
+        return tensors
 
 
 def _operands(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, h: Tensor, up: Tensor, bias: Tensor, spec: LinearSpec
@@ -279,57 +271,109 @@ def linear_w4a16(qx, sx, qw, sw, aux, h, up, bias, spec):
     return y
 
 
-def linear_w4a4(qx, sx, qw, sw, aux, h, up, bias, spec):
-    call = _Linear((qx, sx, qw, sw, aux, h, up, bias), spec)
-    y = up.new_empty(call.m, call.n)
-    if call.m:
-        native.module.cuda.linear_w4a4(call.arguments(), y.data_ptr())
-    return y
+# -------------------------------------------------------------------------------- endings: their arguments, and results
+Ended = tuple[object, Callable[[], object]]
+Ending = Callable[[list[_Linear]], list[Ended]]
 
 
-def linear_w4a4_gate_residual(qx, sx, qw, sw, aux, h, up, bias, gate, residual, spec):
-    call = _Linear((qx, sx, qw, sw, aux, h, up, bias), spec)
-    call.expect_more("_gate_residual", gate, residual)
-    gate, residual, y = _aligned(gate, up.dtype), _aligned(residual), up.new_empty(call.m, call.n)
-    if not call.m:
-        return y
-    native.module.cuda.linear_w4a4_gate_residual(call.arguments(), native.module.cuda.GateResidualArguments(
-        gate.data_ptr(), residual.data_ptr(), gate.shape[0], y.data_ptr()))
-    return y
+def _stored(linears: list[_Linear]) -> list[Ended]:
+    def one(linear: _Linear) -> Ended:
+        y = linear.up.new_empty(linear.m, linear.n)
+        return native.module.cuda.StoreArguments(y.data_ptr()), lambda: y
+
+    return list(map(one, linears))
 
 
-def linear_w4a4_qkv_rope(qx, sx, qw, sw, aux, h, up, bias, q_norm, k_norm, rotary, spec):
-    call = _Linear((qx, sx, qw, sw, aux, h, up, bias), spec)
-    call.expect_more("_qkv_rope", q_norm, k_norm, rotary)
-    q_norm, k_norm, rotary = (_aligned(tensor, torch.float32) for tensor in (q_norm, k_norm, rotary))
-    q, k, v = (up.new_empty(call.m, call.n // 3) for _ in range(3))
-    if not call.m:
-        return q, k, v
-    native.module.cuda.linear_w4a4_qkv_rope(call.arguments(), native.module.cuda.QkvRopeArguments(
-        q_norm.data_ptr(), k_norm.data_ptr(), rotary.data_ptr(), spec.head_dim, rotary.shape[0], spec.eps,
-        q.data_ptr(), k.data_ptr(), v.data_ptr()))
-    return q, k, v
+def _gated(linears: list[_Linear]) -> list[Ended]:
+    def one(linear: _Linear) -> Ended:
+        linear.expect_more("_gate_residual")
+        gate, residual = linear.extra
+        gate, residual = linear.keep(_aligned(gate, linear.up.dtype), _aligned(residual))
+        y = linear.up.new_empty(linear.m, linear.n)
+        return native.module.cuda.GateResidualArguments(
+            gate.data_ptr(), residual.data_ptr(), gate.shape[0], y.data_ptr()), lambda: y
+
+    return list(map(one, linears))
 
 
-def linear_w4a4_gelu_quantize(qx, sx, qw, sw, aux, h, up, bias, next_inv_smooth, next_down, spec):
-    call = _Linear((qx, sx, qw, sw, aux, h, up, bias), spec)
-    return call.quantized("_gelu_quantize", call.n, next_inv_smooth, next_down)
+def _rotated(linears: list[_Linear]) -> list[Ended]:
+    def one(linear: _Linear) -> Ended:
+        linear.expect_more("_qkv_rope")
+        q_norm, k_norm, rotary = linear.keep(*(_aligned(tensor, torch.float32) for tensor in linear.extra))
+        out = tuple(linear.up.new_empty(linear.m, linear.n // 3) for _ in range(3))
+        return native.module.cuda.QkvRopeArguments(
+            q_norm.data_ptr(), k_norm.data_ptr(), rotary.data_ptr(), linear.spec.head_dim, rotary.shape[0],
+            linear.spec.eps, *(tensor.data_ptr() for tensor in out)), lambda: out
+
+    return list(map(one, linears))
 
 
-def linear_w4a4_glu_quantize(qx, sx, qw, sw, aux, h, up, bias, next_inv_smooth, next_down, spec):
-    call = _Linear((qx, sx, qw, sw, aux, h, up, bias), spec)
-    return call.quantized("_glu_quantize", call.n // 2, next_inv_smooth, next_down)
+def _quantized(suffix: str, columns: int) -> Ending:
+    """Of endings that quantize for the next linear, one column for so many of y."""
+    def ending(linears: list[_Linear]) -> list[Ended]:
+        kernels = native.module.cuda
+        count = kernels.gelu_parts if suffix == "_gelu_quantize" else kernels.glu_parts
+        counts = count(_where(linears[0].qx)[0], [(linear.m, linear.n) for linear in linears])
+        return [_quantized_one(linear, suffix, linear.n // columns, parts)
+                for linear, parts in zip(linears, counts, strict=True)]
+
+    return ending
 
 
-def _register(op: Op, run: Callable, refuses: Callable[..., str | None], layout: str = MMA) -> None:
-    op.backend("cuda", refuses, layouts=(layout,))(run)
+def _quantized_one(linear: _Linear, suffix: str, width: int, parts: int) -> Ended:
+    linear.expect_more(suffix)
+    inv_smooth, down = linear.extra
+    spec, ranks = linear.spec.next, down.shape[0]
+    out = empty_like_quantized(linear.up, linear.m, width, down, spec)
+    missing = -ranks % NEXT_RANKS
+    padded = F.pad(down, (0, 0, 0, missing)) if missing else down
+    inv_smooth, padded, part = linear.keep(
+        _aligned(inv_smooth), _aligned(padded), out[2].new_empty(parts, linear.m, padded.shape[0]))
+    h = out[2].new_empty(part.shape[1:]) if missing else out[2]
+    return native.module.cuda.NextArguments(
+        ACTIVATIONS[linear.spec.activation], linear.spec.gate_first, spec.format == "uint4", spec.shift,
+        inv_smooth.data_ptr(), padded.data_ptr(), padded.shape[0], out[0].data_ptr(), out[1].data_ptr(), h.data_ptr(),
+        part.data_ptr()), lambda: (out[0], out[1], h[:, :ranks].contiguous())
 
 
-_register(ops.quantize_act, quantize_act, _refuses_quantize)
-_register(ops.norm_modulate_quantize, norm_modulate_quantize, _refuses_quantize)
-_register(ops.linear_w4a16, linear_w4a16, _refuses_few, ROW)
-_register(ops.linear_w4a4, linear_w4a4, _refuses_linear)
-_register(ops.linear_w4a4_gate_residual, linear_w4a4_gate_residual, _refuses_linear)
-_register(ops.linear_w4a4_qkv_rope, linear_w4a4_qkv_rope, _refuses_heads)
-_register(ops.linear_w4a4_gelu_quantize, linear_w4a4_gelu_quantize, _refuses_next(1))
-_register(ops.linear_w4a4_glu_quantize, linear_w4a4_glu_quantize, _refuses_next(2))
+# ------------------------------------------------------------------------------------------------------------- launches
+def _launches(calls: Sequence[tuple]) -> list[list[int]]:
+    """Which calls go in a launch: those of one type and sign, so many at most."""
+    alike: dict[tuple, list[int]] = {}
+    for i, args in enumerate(calls):
+        alike.setdefault((args[6].dtype, args[-1].act.format, args[0].device), []).append(i)
+    return [mine[i:i + TOGETHER] for mine in alike.values() for i in range(0, len(mine), TOGETHER)]
+
+
+def _launch(name: str, calls: list[tuple], ending: Ending) -> list[object]:
+    linears = [_Linear(args) for args in calls]
+    ended = ending(linears)
+    if any(linear.m for linear in linears):
+        getattr(native.module.cuda, name)(
+            [(linear.arguments(), to) for linear, (to, _) in zip(linears, ended, strict=True)])
+    return [result() for _, result in ended]
+
+
+def _linear_backend(op: Op, ending: Ending, refuses: Callable[..., str | None]) -> None:
+    """Registers an op of linear_w4a4 by its ending."""
+    def together(calls: Sequence[tuple]) -> list[object]:
+        results: dict[int, object] = {}
+        for mine in _launches(calls):
+            results |= zip(mine, _launch(op.name, [calls[i] for i in mine], ending), strict=True)
+        return [results[i] for i in range(len(calls))]
+
+    def run(*args: Tensor | LinearSpec) -> object:
+        return _launch(op.name, [args], ending)[0]
+
+    run.__signature__ = inspect.signature(op.reference)
+    op.backend("cuda", refuses, (MMA,), together)(run)
+
+
+ops.quantize_act.backend("cuda", _refuses_quantize, (MMA,))(quantize_act)
+ops.norm_modulate_quantize.backend("cuda", _refuses_quantize, (MMA,))(norm_modulate_quantize)
+ops.linear_w4a16.backend("cuda", _refuses_few, (ROW,))(linear_w4a16)
+_linear_backend(ops.linear_w4a4, _stored, _refuses_linear)
+_linear_backend(ops.linear_w4a4_gate_residual, _gated, _refuses_linear)
+_linear_backend(ops.linear_w4a4_qkv_rope, _rotated, _refuses_heads)
+_linear_backend(ops.linear_w4a4_gelu_quantize, _quantized("_gelu_quantize", 1), _refuses_next(1))
+_linear_backend(ops.linear_w4a4_glu_quantize, _quantized("_glu_quantize", 2), _refuses_next(2))

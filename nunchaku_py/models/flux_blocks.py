@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import feed_forward
+from .. import feed_forward, ops
 from ..chain import (
     GATE_RESIDUAL,
     GELU,
@@ -23,7 +24,7 @@ from ..chain import (
 from ..fusion import Fusion, class_path, hooked, own_forward, why_not_installed
 from ..linear import QuantizedInput, QuantLinear
 from ..split_linear import SplitLinear
-from ..together import Seen, View, seen, shared_input
+from ..together import View, shared_input
 
 FLUX = "diffusers.models.transformers.transformer_flux."
 NORMS = "diffusers.models.normalization."
@@ -116,14 +117,16 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
         return own_forward(block)(block, image, text, temb, image_rotary_emb, joint_attention_kwargs)
     shift, scale, gate, *image_mlp = _modulation(block.norm1, temb, 6)
     text_shift, text_scale, text_gate, *text_mlp = _modulation(block.norm1_context, temb, 6)
-    text = text.view_as(text)  # the view knows inputs by identity, and one tensor may be given as both
-    view = View(attention, (_seen(image, block.norm1.norm, scale, shift, attention.to_q),
-                            _seen(text, block.norm1_context.norm, text_scale, text_shift, attention.add_q_proj)),
-                to_out=(_Gated(attention.to_out[0], gate, image), _unchanged),
-                to_add_out=_Gated(attention.to_add_out, text_gate, text))
-    image, text = own_forward(attention)(view, image, text, None, image_rotary_emb)
-    image = _feed_forward(block.ff, block.norm2, image, *image_mlp)
-    text = _feed_forward(block.ff_context, block.norm2_context, text, *text_mlp)
+    projections = _projected(attention, image.dtype, {
+        IMAGE: (image, modulated(image, block.norm1.norm, scale, shift, attention.to_q)),
+        TEXT: (text, modulated(text, block.norm1_context.norm, text_scale, text_shift, attention.add_q_proj))})
+    view = View(attention, **projections, to_out=(_unchanged, _unchanged), to_add_out=_unchanged)
+    seen = own_forward(attention)(view, image, text, None, image_rotary_emb)
+    image, text = _gated((attention.to_out[0], attention.to_add_out), seen, (gate, text_gate), (image, text))
+    image, text = _feed_forwards((block.ff, block.ff_context), (image, text), (
+        modulated(image, block.norm2, image_mlp[1], image_mlp[0], _first(block.ff)),
+        modulated(text, block.norm2_context, text_mlp[1], text_mlp[0], _first(block.ff_context))),
+        (image_mlp[2], text_mlp[2]))
     return _in_range(text), image
 
 
@@ -131,31 +134,53 @@ def _modulation(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]
     return norm.linear(norm.silu(temb)).chunk(count, dim=1)
 
 
-def _seen(x: Tensor, norm: nn.LayerNorm, scale: Tensor, shift: Tensor, site: QuantLinear) -> Seen:
-    """What a view is given instead of the modulated x: x itself stands for it, the processor hands it on unread."""
-    return seen(x, site.input_key, modulated(x, norm, scale, shift, site))
+def _projected(attention: nn.Module, dtype: torch.dtype, of: dict[tuple[str, ...], tuple[Tensor, QuantizedInput]]
+               ) -> dict[str, _Given]:
+    """What the processor finds by the names of projections: all of both streams, computed together."""
+    linears = {name: (getattr(attention, name), x, quantized) for names, (x, quantized) in of.items() for name in names}
+    found = ops.together([linear.product(quantized, dtype) for linear, _, quantized in linears.values()])
+    return {name: _Given(y.view(*x.shape[:-1], y.shape[-1]))
+            for (name, (_, x, _)), y in zip(linears.items(), found, strict=True)}
 
 
-class _Gated:
-    """An output projection that adds its gated result to the residual."""
+class _Given:
+    """A projection whose output is there already; the processor hands its input on unread."""
 
-    def __init__(self, linear: QuantLinear, gate: Tensor, residual: Tensor) -> None:
-        self.linear, self.gate, self.residual = linear, gate, residual
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
 
     def __call__(self, x: Tensor) -> Tensor:
-        quantized = self.linear.quantize_input(x.reshape(-1, x.shape[-1]))
-        return gate_residual(self.linear, quantized, self.gate, self.residual)
+        return self.output
+
+
+def _gated(linears: Sequence[QuantLinear], inputs: Sequence[Tensor], gates: Sequence[Tensor],
+           residuals: Sequence[Tensor]) -> list[Tensor]:
+    """residual + gate·linear(input) of both streams."""
+    quantized = [linear.quantize_input(x.reshape(-1, x.shape[-1])) for linear, x in zip(linears, inputs, strict=True)]
+    return _add_gated(linears, quantized, gates, residuals)
+
+
+def _add_gated(linears: Sequence[QuantLinear], quantized: Sequence[QuantizedInput], gates: Sequence[Tensor],
+               residuals: Sequence[Tensor]) -> list[Tensor]:
+    found = ops.together([gate_residual(*one) for one in zip(linears, quantized, gates, residuals, strict=True)])
+    return [y.view(x.shape) for y, x in zip(found, residuals, strict=True)]
 
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _feed_forward(module: nn.Module, norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
-                  ) -> Tensor:
-    first = feed_forward.members(module).first[1]
-    second, hidden = feed_forward.to_second(module, modulated(x, norm, scale, shift, first), x.dtype)
-    return gate_residual(second, hidden, gate, x)
+def _first(module: nn.Module) -> QuantLinear:
+    return feed_forward.members(module).first[1]
+
+
+def _feed_forwards(modules: Sequence[nn.Module], inputs: Sequence[Tensor], quantized: Sequence[QuantizedInput],
+                   gates: Sequence[Tensor]) -> list[Tensor]:
+    """x + gate·module(…) of both streams, from what the modules' first linears read."""
+    calls = [feed_forward.to_second(module, one, x.dtype)
+             for module, one, x in zip(modules, quantized, inputs, strict=True)]
+    hidden = [QuantizedInput(*found) for found in ops.together(calls)]
+    return _add_gated([feed_forward.members(module).second[1] for module in modules], hidden, gates, inputs)
 
 
 def _in_range(x: Tensor) -> Tensor:
@@ -194,15 +219,17 @@ def single_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
                                   joint_attention_kwargs)
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = _modulation(block.norm, temb, 3)
-    normed = _seen(x, block.norm.norm, scale, shift, block.attn.to_q)
-    attention = own_forward(block.attn)(View(block.attn, (normed,)), x, None, None, image_rotary_emb)
-    y = _in_range(_gated_sum(block.proj_out, attention, _mlp(block, normed.quantized, x.dtype), gate, x))
+    quantized = modulated(x, block.norm.norm, scale, shift, block.attn.to_q)
+    view = View(block.attn, **_projected(block.attn, x.dtype, {IMAGE: (x, quantized)}))
+    attention = own_forward(block.attn)(view, x, None, None, image_rotary_emb)
+    y = _in_range(_gated_sum(block.proj_out, attention, _mlp(block, quantized, x.dtype), gate, x))
     return y.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
 
 def _mlp(block: nn.Module, x: QuantizedInput, dtype: torch.dtype) -> QuantizedInput:
     tanh = block.act_mlp.approximate == "tanh"
-    return between(block.proj_mlp, x, Between("gelu_tanh" if tanh else "gelu"), block.proj_out.parts[1], dtype)
+    call = between(block.proj_mlp, x, Between("gelu_tanh" if tanh else "gelu"), block.proj_out.parts[1], dtype)
+    return QuantizedInput(*call.run())
 
 
 def _gated_sum(linear: SplitLinear, attention: Tensor, mlp: QuantizedInput, gate: Tensor, residual: Tensor) -> Tensor:

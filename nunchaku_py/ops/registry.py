@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -21,14 +21,17 @@ _LIBRARY = torch.library.Library("nunchaku_py", "DEF")
 _SPECS = {"ActSpec": ActSpec, "LinearSpec": LinearSpec}
 _forced: ContextVar[str | None] = ContextVar("nunchaku_py_backend", default=None)
 Refusal = Callable[..., "str | None"]
+Together = Callable[[Sequence[tuple]], list]
 
 
 class Backend(NamedTuple):
-    """`run` has the op's parameters; `refuses` has them too and says why it cannot take these, or None."""
+    """`run` has the op's parameters; `refuses` has them too and says why it cannot take these, or None. `together`, if
+    there is one, takes the arguments of several calls and gives the results of all."""
 
     run: Callable[..., Any]
     refuses: Refusal
     layouts: frozenset[str]
+    together: Together | None = None
 
 
 @contextmanager
@@ -82,27 +85,46 @@ class Op:
             return self.dispatch(*args)
         return self.torch_op(*args[:-1], args[-1].token) if self.spec_class else self.torch_op(*args)
 
+    def together(self, calls: Sequence[tuple]) -> list:
+        """The results of calls of which none needs another's, given their arguments: by as few launches as the backend
+        knows how. A compiler sees single calls."""
+        if torch.compiler.is_compiling():
+            return [self(*args) for args in calls]
+        names = [self._choose(args) for args in calls]
+        run = self.backends[names[0]].together if len(set(names)) == 1 else None
+        if run is None or len(calls) == 1:
+            return [self._run(name, args) for name, args in zip(names, calls, strict=True)]
+        with without_autocast(calls[0][0].device.type):
+            return run(calls)
+
     def backend(
-        self, name: str, refuses: Refusal = _takes_anything, layouts: tuple[str, ...] = ("row",)
+        self, name: str, refuses: Refusal = _takes_anything, layouts: tuple[str, ...] = ("row",),
+        together: Together | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: register a function as this op's backend `name`; `layouts`: the memory layouts it takes."""
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             theirs, ours = list(inspect.signature(run).parameters), [p.name for p in self.parameters]
             if theirs != ours:
                 raise TypeError(f"{self.name}/{name}: parameters {theirs} differ from the reference's {ours}")
-            self.backends[_known(name)] = Backend(run, refuses, frozenset(layouts))
+            self.backends[_known(name)] = Backend(run, refuses, frozenset(layouts), together)
             return run
 
         return register
 
     def dispatch(self, *args: Any) -> Any:
         """Run on the first backend that does not refuse."""
+        return self._run(self._choose(args), args)
+
+    def _run(self, name: str, args: tuple) -> Any:
+        with without_autocast(args[0].device.type):
+            return self.backends[name].run(*args)
+
+    def _choose(self, args: tuple) -> str:
         self.check(*args)
         forced = forced_backend()
         for name in (forced,) if forced else ORDER:
             if name in self.backends and self._refusal(name, args) is None:
-                with without_autocast(args[0].device.type):
-                    return self.backends[name].run(*args)
+                return name
         asked = {forced: self._refusal(forced, args)} if forced else self.explain(*args)
         refusals = "; ".join(f"{name}: {why}" for name, why in asked.items())
         raise NunchakuError(f"{self.name}: no backend takes this call ({refusals})")
@@ -141,3 +163,21 @@ class Op:
         returns = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"
         return f"({', '.join(tensors + spec)}) -> {returns}"
 
+
+class Call(NamedTuple):
+    """An op and its arguments, not run yet."""
+
+    op: Op
+    args: tuple
+
+    def run(self) -> Any:
+        return self.op(*self.args)
+
+
+def together(calls: Sequence[Call]) -> list:
+    """The results of calls of which none needs another's; those of one op go together."""
+    results: dict[int, Any] = {}
+    for op in dict.fromkeys(call.op for call in calls):
+        mine = [i for i, call in enumerate(calls) if call.op is op]
+        results |= zip(mine, op.together([calls[i].args for i in mine]), strict=True)
+    return [results[i] for i in range(len(calls))]

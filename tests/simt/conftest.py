@@ -1,6 +1,15 @@
-"""Kernels on the host: the library of a test file, and the ways to run each kernel."""
+"""Kernels on the host: the library of a test file, the ways to run each kernel, and the CUDA backend on them."""
+from __future__ import annotations
+
+import importlib.util
+import sysconfig
+from collections.abc import Iterator
+from types import ModuleType
+
 import pytest
 
+from nunchaku_py import native
+from nunchaku_py.backends import cuda
 from tests.simt import build
 
 
@@ -22,3 +31,71 @@ def order(request: pytest.FixtureRequest) -> dict[str, bool]:
 def rounding(request: pytest.FixtureRequest) -> dict[str, bool]:
     """How float mma and approximate functions round."""
     return request.param
+
+
+# ---- the CUDA backend -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def on_host() -> ModuleType:
+    return native_on_host()
+
+
+@pytest.fixture(scope="session")
+def on_turing() -> ModuleType:
+    return native_on_host("-DSIMT_TARGET=75")
+
+
+def native_on_host(*options: str) -> ModuleType:
+    """The kernels as of the newest GPU, or of another."""
+    if reason := build.refuses():
+        pytest.skip(reason)
+    import pybind11
+
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    command = [build.compiler(), *build.OPTIONS, *options, *includes, str(build.HERE / "native.cpp")]
+    path = build.cached(command, "native", ".so")
+    spec = importlib.util.spec_from_file_location("native_on_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _WithCuda:
+    """The native module, if there is one, with the CUDA ops."""
+
+    def __init__(self, ops_on_host: object, target: str) -> None:
+        self.cuda, self._module, self.cuda_targets, self.cuda_status = ops_on_host, native.module, target, "on the host"
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._module, name)
+
+
+@pytest.fixture
+def as_gpu(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors of this machine taken for those of an RTX 40."""
+    yield from taken_for_gpu(monkeypatch, on_host, (8, 9))
+
+
+@pytest.fixture
+def as_turing(on_turing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """… of an RTX 20."""
+    yield from taken_for_gpu(monkeypatch, on_turing, (7, 5))
+
+
+def taken_for_gpu(monkeypatch: pytest.MonkeyPatch, on_host: ModuleType, capability: tuple[int, int]) -> Iterator[None]:
+    monkeypatch.setattr(native, "module", _WithCuda(on_host.cuda, "{}{}".format(*capability)))
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_capability", lambda device: capability)
+    cuda._refuses_capability.cache_clear()
+    yield
+    cuda._refuses_capability.cache_clear()
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run."""
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("as_gpu")
+    return "cpu"

@@ -33,8 +33,10 @@ template <class Epilogue>
 void run_linear(const Linear<T>& p, const Epilogue& epilogue) {
   const dim3 grid{unsigned(p.in.M + Ordinary::BM - 1) / Ordinary::BM,
                   unsigned(p.in.N + Ordinary::BN - 1) / Ordinary::BN};
-  launch(linear_w4a4_kernel<Ordinary, false, T, Epilogue>, grid, Ordinary::THREADS, shared_bytes<Ordinary>(), nullptr,
-         p, epilogue);
+  Group<T, Epilogue> group;
+  group.parts[0] = {p, epilogue};
+  launch(linear_w4a4_kernel<Ordinary, false, T, Epilogue>, grid, Ordinary::THREADS, shared_bytes<Ordinary, TARGET>(),
+         nullptr, group);
 }
 
 SIMT_EXPORT const char* gate_residual(Call& call, COMMON, Array gate, Array residual, Array y, int rows_of_sample) {
@@ -75,15 +77,14 @@ const char* run_next(Call& call, COMMON, Array inv_smooth, Array down, Array nex
     const Output<float> hidden("next_h", next_h);
     const int blocks = (width + Z::WIDTH * tiles - 1) / (Z::WIDTH * tiles);
     simt::Buffer<float> parts("parts", size_t(blocks) * m * ranks, true);
-    Z make;
-    make.activation = Activation(activation);
-    if constexpr (GATED) make.gate_first = option;
+    const Z make = {Activation(activation), GATED && option};
     const NextAct<T> next = {codes.data(), scales.data(), smooth.data(),   next_down.data(), parts.data(), shift, m,
                              width,        ranks,         !GATED && option};
     const dim3 grid{unsigned(m + Ordinary::BM - 1) / Ordinary::BM, unsigned(blocks)};
-    launch(linear_w4a4_next_kernel<Ordinary, false, T, Z>, grid, Ordinary::THREADS,
-           shared_bytes<Ordinary>(sizeof(Hidden<Ordinary, T>)), nullptr,
-           in.linear(m, n, k, r, GATED ? n / 2 - GROUP : 0), next, make, tiles);
+    Group<T, Quantized<T, Z>> group;
+    group.parts[0] = {in.linear(m, n, k, r, Z::jump_of(n)), {next, make, tiles}};
+    launch(linear_w4a4_next_kernel<Ordinary, T, Z>, grid, Ordinary::THREADS,
+           shared_bytes<Ordinary, TARGET>(sizeof(Hidden<Ordinary, T>)), nullptr, group);
     launch(sum_hidden_kernel<128>, dim3{unsigned(m * ranks + 127) / 128}, 128, 0, nullptr, parts.data(), blocks,
            hidden.data(), m * ranks);
   });

@@ -24,6 +24,8 @@ PYBIND11_MODULE(native_on_host, m) {
   nunchaku_py::cuda::bind_cuda(m.def_submodule("cuda"));
   using namespace nunchaku_py::cuda;
   m.def(
-      "choose", [](int rows, int columns, int places) { return int(choose({rows, columns}, places)); });
+      "choose", [](const Sizes& sizes, int places, int capability) {
+        return int(choose(problems(sizes), {places, capability}));
+      });
   m.def("tiles_of_block", &tiles_of_block);
 }

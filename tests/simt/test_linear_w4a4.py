@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from nunchaku_py.ops import ActSpec, LinearSpec, linear_w4a4
-from tests.simt.build import Call
+from tests.simt.build import Call, Library, load
 from tests.simt.layouts import of_channels, of_tokens
 
-KERNELS = ("large_int4_bfloat16", "large_uint4_float16", "medium_int4_bfloat16", "small_int4_float16",
-           "small_uint4_bfloat16")
+KERNELS = ("large_int4_bfloat16", "large_uint4_float16", "medium_int4_bfloat16", "medium_uint4_float16",
+           "small_int4_float16", "small_uint4_bfloat16")
 
 
 def operands(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -54,3 +54,36 @@ def test_no_bank_conflicts_and_the_same_bits(library) -> None:
     first, counted = multiplied(library, KERNELS[0], args, 192)
     assert torch.equal(first, multiplied(library, KERNELS[0], args, 192, reverse=True)[0])
     assert counted.ldmatrix_phases == counted.ldmatrix_matrices > 0
+
+
+@pytest.mark.parametrize("name", ["medium_uint4_float16", "small_int4_float16"])
+@pytest.mark.parametrize("m, n, k, r", [(1, 128, 64, 16), (130, 144, 192, 48), (63, 256, 320, 0)])
+def test_on_sm_75(name: str, m: int, n: int, k: int, r: int, order: dict) -> None:
+    """Other instructions, and another main loop."""
+    _, act, _ = name.split("_")
+    args = operands(m, n, k, r, torch.float16)
+    spec = LinearSpec("int4", 64, k, ActSpec(act, 64))
+    (got, _), want = multiplied(sm_75(), name, args, k, **order), linear_w4a4.reference(*args, spec)
+    assert ((got.double() - want.double()).abs() <= bound(want, args, spec)).all()
+
+
+def sm_75() -> Library:
+    return load("linear_w4a4", "-DSIMT_TARGET=75")
+
+
+@pytest.mark.parametrize("sizes", [[(70, 144, 192, 48), (1, 400, 64, 0)], [(3, 16, 128, 16), (200, 128, 320, 32)]])
+@pytest.mark.parametrize("target", [75, 89])
+def test_two_in_a_launch(library, sizes: list[tuple[int, ...]], target: int, order: dict) -> None:
+    """The same bits as each by itself, whatever the sizes."""
+    library = library if target == 89 else sm_75()
+    calls = [operands(*size, torch.float16) for size in sizes]
+    ys = [torch.full(size[:2], float("nan"), dtype=torch.float16) for size in sizes]
+    arguments = [argument for args, y, size in zip(calls, ys, sizes, strict=True) for argument in (
+        args[0], of_tokens(args[1]), args[2], of_channels(args[3]), *args[5:], y, *size)]
+    library.run("two_medium_float16", *arguments, **order)
+    for y, args, (_, _, k, _) in zip(ys, calls, sizes, strict=True):
+        spec = LinearSpec("int4", 64, k, ActSpec("int4", 64))
+        want = linear_w4a4.reference(*args, spec)
+        assert ((y.double() - want.double()).abs() <= bound(want, args, spec)).all()
+        if target == 89:
+            assert torch.equal(y, multiplied(library, "medium_int4_float16", args, k)[0])

@@ -2,106 +2,21 @@
 calls to the result. On kernels that run on the host, and on a GPU where there is one."""
 from __future__ import annotations
 
-import copy
-import importlib.util
-import sysconfig
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 import nunchaku_py as nq
-from nunchaku_py import native, ops
+from nunchaku_py import ops
 from nunchaku_py.backends import cuda
-from nunchaku_py.chain import GELU, no_ending
 from nunchaku_py.commands.op_samples import sample
-from nunchaku_py.explain import _explain_site
-from nunchaku_py.linear import QuantizedSite, QuantLinear
-from nunchaku_py.ops import ActSpec, LinearSpec, backend
+from nunchaku_py.ops import ActSpec, LinearSpec
 from nunchaku_py.ops.spec import MMA
-from nunchaku_py.site import Site
-from nunchaku_py.tensor import QTensor
-from tests.simt import build
-from tests.simt.layouts import of_channels, of_tokens, tokens_in_rows
+from tests.simt.calls import CODES, PACKED, assert_same_quantized, operands, packed, run, specs
 from tests.simt.test_linear_w4a4 import bound
 from tests.simt.test_linear_w4a4_endings import assert_near
-from tests.tiny_models import MODELS
-
-CODES, PACKED = ActSpec("int4", 64), ActSpec("int4", 64, layout=MMA)
-
-
-@pytest.fixture(scope="module")
-def on_host() -> ModuleType:
-    if reason := build.refuses():
-        pytest.skip(reason)
-    import pybind11
-
-    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    path = build.cached([build.compiler(), *build.OPTIONS, *includes, str(build.HERE / "native.cpp")], "native", ".so")
-    spec = importlib.util.spec_from_file_location("native_on_host", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class _WithCuda:
-    """The native module, if there is one, with the CUDA ops."""
-
-    def __init__(self, ops_on_host: object) -> None:
-        self.cuda, self._module, self.cuda_targets, self.cuda_status = ops_on_host, native.module, "89", "on the host"
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._module, name)
-
-
-@pytest.fixture
-def as_gpu(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors of this machine taken for those of an RTX 40."""
-    monkeypatch.setattr(native, "module", _WithCuda(on_host.cuda))
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "_capability", lambda device: (8, 9))
-    cuda._refuses_capability.cache_clear()
-    yield
-    cuda._refuses_capability.cache_clear()
-
-
-@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where kernels run."""
-    if request.param == "gpu":
-        return "cuda"
-    request.getfixturevalue("as_gpu")
-    return "cpu"
-
-
-def run(op: ops.Op, device: str, *args: object) -> object:
-    """op(*args) there, and the result here."""
-    found = op(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
-    return found.cpu() if isinstance(found, Tensor) else tuple(tensor.cpu() for tensor in found)
-
-
-def operands(m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """qx, sx, qw, sw, aux, h, up, bias in row layout, for y of about 1, of which the branch is a small part."""
-    torch.manual_seed(m + n + k + r)
-    small, groups = 0.04 / k**0.5, -(-k // 64)
-    return (torch.randint(0, 256, (m, k // 2), dtype=torch.uint8), (small * (1 + torch.rand(m, groups))).to(dtype),
-            torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), (1 + torch.rand(n, groups)).to(dtype),
-            torch.empty(0), torch.randn(m, r) / (8 * r + 1), torch.randn(n, r).to(dtype),
-            (torch.randn(n) / 4).to(dtype))
-
-
-def packed(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    qx, sx, qw, sw, *rest = args
-    return (qx, of_tokens(sx), qw, of_channels(sw), *rest)
-
-
-def specs(k: int, **more: object) -> tuple[LinearSpec, LinearSpec]:
-    """(in rows, packed)"""
-    return LinearSpec("int4", 64, k, CODES, **more), LinearSpec(
-        "int4", 64, k, PACKED, layout=MMA, **{**more, "next": more.get("next") and PACKED})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,17 +41,6 @@ def test_qkv_rope(device: str) -> None:
     for got, want in zip(run(ops.linear_w4a4_qkv_rope, device, *packed(args), *more, mma),
                          ops.linear_w4a4_qkv_rope.reference(*args, *more, row), strict=True):
         assert_near(got, want)
-
-
-def assert_same_quantized(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """Scales as near as their rounding; codes equal but where a value lies between two; h near."""
-    (qx, sx, h), (want_qx, want_sx, want_h) = got, want
-    sx = tokens_in_rows(sx, h.shape[0])
-    assert ((sx.double() - want_sx.double()).abs() <= 0.02 * want_sx.double()).all()
-    off = [((a.int() >> shift & 15) - (b.int() >> shift & 15)).abs() for a, b in ((qx, want_qx),) for shift in (0, 4)]
-    off = torch.minimum(torch.stack(off), 16 - torch.stack(off))
-    assert off.max() <= 1 and (off > 0).double().mean() < 0.02
-    torch.testing.assert_close(h, want_h, rtol=0, atol=0.02 * float(want_h.abs().amax(None)) if h.numel() else 0)
 
 
 @pytest.mark.parametrize("m", [1, 300])
@@ -241,7 +145,7 @@ def test_which_code_runs_where(target: str, capability: tuple[int, int], runs: b
 
 @pytest.mark.usefixtures("as_gpu")
 def test_a_gpu_without_its_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability, said in (((7, 5), "compute capability 8.0, this GPU has 7.5"), ((12, 0), "12.0, but for 89")):
+    for capability, said in (((7, 0), "compute capability 7.5, this GPU has 7.0"), ((12, 0), "12.0, but for 89")):
         monkeypatch.setattr(cuda, "_capability", lambda device, found=capability: found)
         with pytest.raises(nq.NunchakuError, match=said):
             ops.linear_w4a4(*packed(operands(4, 32, 64, 16)), specs(64)[1])
@@ -263,96 +167,19 @@ def test_tiles(on_host: ModuleType) -> None:
     """Large problems take large tiles; small ones tiles that keep the machine busy."""
     large, medium, small = range(3)
     places = 128  # an RTX 4090
-    assert on_host.choose(4096, 3072, places) == large == on_host.choose(16384, 12288, places)
-    assert on_host.choose(256, 3072, places) == medium  # 48 large ones would leave 80 places idle
-    assert on_host.choose(1, 3072, places) == small
+
+    def chosen(*sizes: tuple[int, int], capability: int = 89) -> int:
+        return on_host.choose(list(sizes), places, capability)
+
+    assert chosen((4096, 3072)) == large == chosen((16384, 12288))
+    assert chosen((256, 3072)) == medium  # 48 large ones would leave 80 places idle
+    assert chosen((1, 3072)) == small
+    assert chosen((4096, 3072), (256, 3072)) == large  # the text of a block beside its image
+    assert chosen((4096, 3072), capability=75) == medium  # there are no large ones
     for rows, columns in ((1, 96), (32, 96), (4, 24), (128, 24)):
         tiles = on_host.tiles_of_block(rows, columns, places)
         assert 1 <= tiles <= columns
         assert rows * -(-columns // tiles) >= min(places, rows * columns) * 0.6
-
-
-@pytest.mark.parametrize("name", ["flux", "sdxl"])
-@pytest.mark.parametrize("where", ["host", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_a_whole_model_runs_on_the_kernels(name: str, where: str, request: pytest.FixtureRequest) -> None:
-    """Its fused blocks too. What rounds otherwise quantizes otherwise, so outputs differ by a part of what 4 bits cost;
-    what they cost is the same."""
-    model, inputs = MODELS[name]()
-    exact = output(model, inputs, "cpu")
-    nq.quantize(model, "svdquant-int4", rank=16, mode="a4", progress=False)
-    want = output(model, inputs, "cpu")
-    for site in model.modules():
-        if isinstance(site, QuantizedSite):
-            site._unpack()
-    if where == "host":
-        request.getfixturevalue("as_gpu")
-    got = output(model, inputs, "cuda" if where == "gpu" else "cpu")
-    runs = {(one.op, one.backend) for one in nq.explain(model) if "int4 x int4" in one.call}
-    assert runs == {("quantize_act", "cuda"), ("linear_w4a4", "cuda")}
-    cost = (want - exact).norm().item()
-    assert (got - exact).norm().item() == pytest.approx(cost, rel=0.05) and (got - want).norm() < cost
-
-
-@torch.no_grad()
-def output(model: torch.nn.Module, inputs: dict, device: str) -> Tensor:
-    there = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
-    return model.to(device)(**there)[0].float().cpu()
-
-
-def linear(n: int, k: int) -> QuantLinear:
-    """A quantized linear of random numbers in bf16, in a4."""
-    torch.manual_seed(n + k)
-    module = QuantLinear(Site("w4a4", "int4", 64, 16), k, n, True, torch.bfloat16)
-    weight = QTensor.quantize(torch.randn(n, k) / k**0.5, module.site.weight_format)
-    for name, tensor in {"codes": weight.codes, "scales": weight.scales, "smooth": torch.ones(k).bfloat16(),
-                         "down": torch.randn(16, k).bfloat16() / 30, "up": torch.randn(n, 16).bfloat16() / 30,
-                         "bias": torch.randn(n).bfloat16()}.items():
-        module.set_tensor(name, tensor)
-    module.set_mode("a4")
-    return module
-
-
-@pytest.mark.usefixtures("as_gpu")
-def test_rows_of_another_type_pack_the_site_for_them() -> None:
-    """Float16 has these scales too; float32 rows run on the reference, as no kernel takes them; and so back."""
-    module, x = linear(64, 128), torch.randn(5, 128)
-    exact = x @ module.effective_weight().T + module.bias.float()
-    for dtype, residency in ((torch.bfloat16, "mma"), (torch.float16, "mma"), (torch.float32, "codes"),
-                             (torch.bfloat16, "mma")):
-        y = module(x.to(dtype))
-        assert y.dtype == dtype and module.packed.residency == residency
-        assert (y.float() - exact).norm() <= 0.2 * exact.norm()
-    with backend("torch"):
-        module(x.bfloat16())
-        assert module.packed.residency == "codes"
-        assert "the backend 'torch' is asked for" in module.why_not_mma()
-    module(x.bfloat16())
-    assert module.packed.residency == "mma" and copy.deepcopy(module)(x.bfloat16()).isfinite().all()
-    assert set(module.state_dict()) == {"codes", "scales", "smooth", "down", "up", "bias"}
-
-
-@pytest.mark.usefixtures("as_gpu")
-def test_a_cast_packs_for_what_it_computes_in() -> None:
-    """Before any row has come: what is compiled next finds it packed."""
-    module = linear(64, 128)
-    assert module.mma_scales.dtype == torch.bfloat16
-    module.to(torch.float16)
-    module.set_mode("a4")
-    assert module.packed.dtype == module.mma_scales.dtype == torch.float16
-
-
-@pytest.mark.usefixtures("as_gpu")
-def test_a_reader_that_is_packed_otherwise_takes_no_ending() -> None:
-    first, alike, other = linear(128, 64), linear(64, 128), linear(24, 128)  # 24 channels are none of the kernels'
-    assert no_ending(first, GELU, alike) is None
-    assert no_ending(first, GELU, other) == "it is packed as 'mma', and the linear that reads its output as 'row'"
-
-
-@pytest.mark.usefixtures("as_gpu")
-def test_explain_says_why_a_site_is_not_packed_for_the_kernels() -> None:
-    odd = linear(24, 128)
-    for said in _explain_site(odd, 1, 4):
-        assert said.refusals["cuda"] == "it takes output channels in multiples of 16, not 24"
 
 
 @pytest.mark.gpu

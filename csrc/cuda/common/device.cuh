@@ -6,6 +6,10 @@
 
 namespace nunchaku_py::cuda {
 
+struct Gpu {
+  int multiprocessors = 0, capability = 0;  // 10·major + minor
+};
+
 #ifdef __CUDACC__
 // Makes a device the current one, and gives the previous one back.
 class OnDevice {
@@ -25,22 +29,28 @@ class OnDevice {
 };
 
 // Asked of the driver once: this is called before every launch.
-inline int multiprocessors(int device) {
+inline Gpu gpu(int device) {
   constexpr int KNOWN = 64;
-  static std::atomic<int> known[KNOWN];
-  int count = device < KNOWN ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    check_launch(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    if (device < KNOWN) known[device].store(count, std::memory_order_relaxed);
+  static std::atomic<Gpu> known[KNOWN];
+  Gpu found = device < KNOWN ? known[device].load(std::memory_order_relaxed) : Gpu{};
+  if (found.multiprocessors == 0) {
+    const auto ask = [device](cudaDeviceAttr what) {
+      int value = 0;
+      check_launch(cudaDeviceGetAttribute(&value, what, device));
+      return value;
+    };
+    found = {ask(cudaDevAttrMultiProcessorCount),
+             10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor)};
+    if (device < KNOWN) known[device].store(found, std::memory_order_relaxed);
   }
-  return count;
+  return found;
 }
 #else
 struct OnDevice {
   explicit OnDevice(int) {}
 };
-inline int multiprocessors(int) {
-  return 2;  // few, so that small problems have more tiles than the machine has places
+inline Gpu gpu(int) {
+  return {2, TARGET};  // few multiprocessors, so that small problems have more tiles than the machine has places
 }
 #endif
 

@@ -110,6 +110,29 @@ DEVICE void mma_m16n8k64_u4s4_from(int (&d)[4], const uint32_t (&a)[4], const ui
 #endif
 }
 
+// m16n8k64 from a start: one instruction, on sm_75 four of m8n8k32.
+template <bool UNSIGNED, int SM = TARGET>
+DEVICE void mma_m16n8k64_from(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int start) {
+  if constexpr (SM >= 80 && UNSIGNED) {
+    mma_m16n8k64_u4s4_from<SM>(d, a, b, start);
+  } else if constexpr (SM >= 80) {
+    mma_m16n8k64_s4_from<SM>(d, a, b, start);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int half[2];
+      if constexpr (UNSIGNED) {
+        mma_m8n8k32_u4s4_from(half, {a[i]}, {b[0]}, start);
+        mma_m8n8k32_u4s4(half, {a[i + 2]}, {b[1]});
+      } else {
+        mma_m8n8k32_s4_from(half, {a[i]}, {b[0]}, start);
+        mma_m8n8k32_s4(half, {a[i + 2]}, {b[1]});
+      }
+      d[i * 2] = half[0], d[i * 2 + 1] = half[1];
+    }
+  }
+}
+
 // ---- 8-bit integers, s32 sums ---------------------------------------------------------------------------------------
 DEVICE void mma_m8n8k16_s8(int (&c)[2], const uint32_t (&a)[1], const uint32_t (&b)[1]) {
 #ifndef __CUDACC__
@@ -159,11 +182,18 @@ DEVICE void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], const uint3
 }
 
 template <class T, int SM = TARGET>
+constexpr bool MULTIPLIES = SM >= 80 || std::is_same_v<T, f16>;  // sm_75 has no bf16 product
+
+template <class T, int SM = TARGET>
 DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, bf16>)
+  if constexpr (std::is_same_v<T, bf16>) {
     mma_m16n8k16_bf16<SM>(c, a, b);
-  else
+  } else if constexpr (SM >= 80) {
     mma_m16n8k16_f16<SM>(c, a, b);
+  } else {  // two instructions of sm_75
+    mma_m16n8k8_f16(c, {a[0], a[1]}, {b[0]});
+    mma_m16n8k8_f16(c, {a[2], a[3]}, {b[1]});
+  }
 }
 
 // ---- NVFP4, float sums: sm_120a and sm_121a -------------------------------------------------------------------------

@@ -22,9 +22,12 @@
 
 namespace nunchaku_py::cuda {
 
-// The compute capability that this pass of the compiler makes code for; the host model has every instruction.
+// The compute capability that this pass of the compiler makes code for; the host model has every instruction, unless
+// it is to be an older GPU.
 #ifdef __CUDA_ARCH__
 constexpr int TARGET = __CUDA_ARCH__ / 10;
+#elif defined(SIMT_TARGET)
+constexpr int TARGET = SIMT_TARGET;
 #else
 constexpr int TARGET = 1000;
 #endif

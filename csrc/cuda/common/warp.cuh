@@ -1,18 +1,30 @@
-// A thread's number, and values from other lanes, all 32 lanes taking part. __syncwarp, and shuffles of fewer lanes or
+// Numbers of thread and block, and values from other lanes, all 32 lanes taking part. __syncwarp, and shuffles of fewer lanes or
 // within segments (__shfl_xor_sync …), are CUDA's own; tests/simt has them by the same names.
 #pragma once
 #include "cuda/common/platform.cuh"
 
 namespace nunchaku_py::cuda {
 
-// threadIdx.x, of which the compiler does not know that it stays the same: what is worked out from it is worked out
-// where it is wanted, and occupies no register over a loop.
+// threadIdx.x and blockIdx.x, asked of the hardware each time: what is worked out from them is worked out where it is
+// wanted, and occupies no register over a loop.
 DEVICE int this_thread() {
-  int thread = threadIdx.x;
-#ifdef __CUDACC__
-  asm volatile("" : "+r"(thread));
-#endif
+#ifndef __CUDACC__
+  return threadIdx.x;
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
+#endif
+}
+
+DEVICE int this_block() {
+#ifndef __CUDACC__
+  return blockIdx.x;
+#else
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+#endif
 }
 
 template <class T>

@@ -1,5 +1,9 @@
 // Which tile for which problem: data, and functions that need no GPU.
 #pragma once
+#include <span>
+
+#include "cuda/arguments.h"
+#include "cuda/common/device.cuh"
 #include "cuda/linear_w4a4/tile.h"
 
 namespace nunchaku_py::cuda {
@@ -9,10 +13,6 @@ using Medium = Tile<64, 128, 32, 64, 3>;
 using Small = Tile<32, 128, 16, 64, 3>;
 enum class Choice : int { large, medium, small };
 inline constexpr Choice CHOICES[] = {Choice::large, Choice::medium, Choice::small};
-
-struct Problem {
-  int m, n;
-};
 
 struct TileCost {
   int rows, columns;
@@ -34,15 +34,18 @@ constexpr int pieces(int size, int piece) {
   return (size + piece - 1) / piece;
 }
 
-// The tile with which the multiprocessor that has most to do is done first; of equals the larger.
-constexpr Choice choose(Problem problem, int multiprocessors) {
-  Choice best = Choice::large;
-  double least = 0;
+// Of problems in one launch: the tile with which the multiprocessor that has most to do is done first; of equals the
+// larger. sm_75 has no large one: what is on its way to shared memory is in registers there.
+constexpr Choice choose(std::span<const Problem> problems, Gpu gpu) {
+  Choice best = Choice::medium;
+  double least = -1;
   for (const Choice choice : CHOICES) {
+    if (choice == Choice::large && gpu.capability < 80) continue;
     const TileCost tile = cost_of(choice);
-    const int tiles = pieces(problem.m, tile.rows) * pieces(problem.n, tile.columns);
-    const double time = pieces(tiles, multiprocessors) * tile.cell * tile.rows * tile.columns;
-    if (choice == Choice::large || time < least) best = choice, least = time;
+    int tiles = 0;
+    for (const Problem& problem : problems) tiles += pieces(problem.m, tile.rows) * pieces(problem.n, tile.columns);
+    const double time = pieces(tiles, gpu.multiprocessors) * tile.cell * tile.rows * tile.columns;
+    if (least < 0 || time < least) best = choice, least = time;
   }
   return best;
 }

@@ -3,15 +3,13 @@
 
 namespace nunchaku_py::cuda {
 
-int gelu_parts(int device, int m, int n) {
-  return parts_of<Plain>(device, m, n, n);
+std::vector<int> gelu_parts(int device, const std::vector<Problem>& problems) {
+  return parts_of<Plain>(device, problems);
 }
 
-void linear_w4a4_gelu_quantize(const LinearArguments& a, const NextArguments& to) {
-  const OnDevice here(a.where.device);
-  with_type(a.type, [&]<class T>(T) {
-    launch_next<Plain, T>(a, to, a.n, 0, [&]<class Z> { return Z{to.activation}; });
-  });
+void linear_w4a4_gelu_quantize(const Calls<NextArguments>& calls) {
+  const OnDevice here(common(calls).where.device);
+  with_type(common(calls).type, [&]<class T>(T) { launch_next<Plain, T>(calls); });
 }
 
 }  // namespace nunchaku_py::cuda

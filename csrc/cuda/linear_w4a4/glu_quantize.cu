@@ -4,15 +4,13 @@
 
 namespace nunchaku_py::cuda {
 
-int glu_parts(int device, int m, int n) {
-  return parts_of<Gated>(device, m, n, n / 2);
+std::vector<int> glu_parts(int device, const std::vector<Problem>& problems) {
+  return parts_of<Gated>(device, problems);
 }
 
-void linear_w4a4_glu_quantize(const LinearArguments& a, const NextArguments& to) {
-  const OnDevice here(a.where.device);
-  with_type(a.type, [&]<class T>(T) {
-    launch_next<Gated, T>(a, to, a.n / 2, a.n / 2 - GROUP, [&]<class Z> { return Z{to.activation, to.gate_first}; });
-  });
+void linear_w4a4_glu_quantize(const Calls<NextArguments>& calls) {
+  const OnDevice here(common(calls).where.device);
+  with_type(common(calls).type, [&]<class T>(T) { launch_next<Gated, T>(calls); });
 }
 
 }  // namespace nunchaku_py::cuda

@@ -3,9 +3,13 @@
 
 namespace nunchaku_py::cuda {
 
-void linear_w4a4(const LinearArguments& a, void* y) {
-  const OnDevice here(a.where.device);
-  with_type(a.type, [&]<class T>(T) { launch_either<T>(a, Store<T>{static_cast<T*>(y), a.n}); });
+void linear_w4a4(const Calls<StoreArguments>& calls) {
+  const OnDevice here(common(calls).where.device);
+  with_type(common(calls).type, [&]<class T>(T) {
+    launch_either<T, Store<T>>(calls, [](const LinearArguments& a, const StoreArguments& to) {
+      return Store<T>{static_cast<T*>(to.y), a.n};
+    });
+  });
 }
 
 }  // namespace nunchaku_py::cuda

@@ -1,6 +1,6 @@
 // The low-rank branch in the accumulators: acc += h·upᵀ, sixteen ranks at a time, h rounded to the type of up.
 #pragma once
-#include "cuda/linear_w4a4/mainloop_sm80.cuh"
+#include "cuda/linear_w4a4/products.cuh"
 
 namespace nunchaku_py::cuda {
 

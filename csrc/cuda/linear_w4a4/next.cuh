@@ -7,45 +7,65 @@ namespace nunchaku_py::cuda {
 
 constexpr int SUM_THREADS = 128;
 
-// A block's share of the columns of tiles, and how many blocks share a row of tiles.
-struct Shares {
-  int tiles, parts;
-};
+// How the columns of tiles are shared among the blocks of a row of tiles: each goes over so many of them, but the last.
+template <class Z>
+int tiles_of_blocks(std::span<const Problem> problems, int tile_rows, int multiprocessors) {
+  int rows = 0, columns = 0;
+  for (const Problem& problem : problems)
+    rows += pieces(problem.m, tile_rows), columns = std::max(columns, pieces(Z::width_of(problem.n), Z::WIDTH));
+  return tiles_of_block(rows, columns, multiprocessors);
+}
 
 template <class Z>
-Shares shares_of(int device, int m, int width, int tile_rows) {
-  const int columns = pieces(width, Z::WIDTH);
-  const int tiles = tiles_of_block(pieces(m, tile_rows), columns, multiprocessors(device));
-  return {tiles, pieces(columns, tiles)};
+int blocks_of(int n, int tiles) {
+  return pieces(pieces(Z::width_of(n), Z::WIDTH), tiles);
 }
 
 // Z: Plain<Tile> or Gated<Tile>
 template <template <class> class Z>
-int parts_of(int device, int m, int n, int width) {
-  int parts = 0;
-  with_tile(choose({m, n}, multiprocessors(device)),
-            [&]<class Tile>(Tile) { parts = shares_of<Z<Tile>>(device, m, width, Tile::BM).parts; });
+std::vector<int> parts_of(int device, std::span<const Problem> problems) {
+  std::vector<int> parts;
+  with_tile(choose(problems, gpu(device)), [&]<class Tile>(Tile) {
+    const int tiles = tiles_of_blocks<Z<Tile>>(problems, Tile::BM, gpu(device).multiprocessors);
+    for (const Problem& problem : problems) parts.push_back(blocks_of<Z<Tile>>(problem.n, tiles));
+  });
   return parts;
 }
 
+template <class T>
+NextAct<T> next_of(const LinearArguments& a, const NextArguments& to, int width) {
+  return {to.qx,    static_cast<T*>(to.sx), to.inv_smooth, static_cast<const T*>(to.down),
+          to.parts, to.shift,               a.m,           width,
+          to.r,     to.is_unsigned};
+}
+
+template <template <class> class Z>
+void sum_parts(const Calls<NextArguments>& calls) {
+  const Where& where = calls.front().first.where;
+  const std::vector<int> parts = parts_of<Z>(where.device, problems_of(calls));
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const auto& [a, to] = calls[i];
+    if (const int size = a.m * to.r)
+      launch(sum_hidden_kernel<SUM_THREADS>, dim3{unsigned(pieces(size, SUM_THREADS))}, SUM_THREADS, 0,
+             static_cast<stream_t>(where.stream), to.parts, parts[i], to.h, size);
+  }
+}
+
 template <template <class> class Z, class T>
-void launch_next(const LinearArguments& a, const NextArguments& to, int width, int jump, auto make) {
-  const auto stream = static_cast<stream_t>(a.where.stream);
-  const NextAct<T> next = {to.qx,    static_cast<T*>(to.sx), to.inv_smooth, static_cast<const T*>(to.down),
-                           to.parts, to.shift,               a.m,           width,
-                           to.r,     to.is_unsigned};
-  int parts = 0;
-  with_tile(choose({a.m, a.n}, multiprocessors(a.where.device)), [&]<class Tile>(Tile) {
-    const Shares shares = shares_of<Z<Tile>>(a.where.device, a.m, width, Tile::BM);
-    parts = shares.parts;
-    const dim3 grid{unsigned(pieces(a.m, Tile::BM)), unsigned(parts)};
-    launch(linear_w4a4_next_kernel<Tile, false, T, Z<Tile>>, grid, Tile::THREADS,
-           shared_bytes<Tile>(sizeof(Hidden<Tile, T>)), stream, linear_of<T>(a, jump), next,
-           make.template operator()<Z<Tile>>(), shares.tiles);
+void launch_next(const Calls<NextArguments>& calls) {
+  const auto problems = problems_of(calls);
+  const Gpu here = gpu(common(calls).where.device);
+  with_tile(choose(problems, here), [&]<class Tile>(Tile) {
+    const int tiles = tiles_of_blocks<Z<Tile>>(problems, Tile::BM, here.multiprocessors);
+    launch_group<Tile>(
+        linear_w4a4_next_kernel<Tile, T, Z<Tile>>, calls, sizeof(Hidden<Tile, T>),
+        [&](const LinearArguments& a, const NextArguments& to) {
+          return Quantized<T, Z<Tile>>{next_of<T>(a, to, Z<Tile>::width_of(a.n)), {to.activation, to.gate_first}, tiles};
+        },
+        [&](const LinearArguments& a) { return blocks_of<Z<Tile>>(a.n, tiles); },
+        [](const LinearArguments& a) { return Z<Tile>::jump_of(a.n); });
   });
-  if (const int size = a.m * to.r)
-    launch(sum_hidden_kernel<SUM_THREADS>, dim3{unsigned(pieces(size, SUM_THREADS))}, SUM_THREADS, 0, stream, to.parts,
-           parts, to.h, size);
+  sum_parts<Z>(calls);
 }
 
 }  // namespace nunchaku_py::cuda

@@ -5,7 +5,7 @@
 // their order by a kernel of its own (sum_hidden). No atomics: the same bits every time.
 #pragma once
 #include "cuda/arguments.h"
-#include "cuda/linear_w4a4/kernel_sm80.cuh"
+#include "cuda/linear_w4a4/kernel.cuh"
 #include "cuda/quantize_act/codes.cuh"
 
 namespace nunchaku_py::cuda {
@@ -66,10 +66,10 @@ DEVICE void load_sums(float (&to)[4], const float* row, const float* later, bool
   to[0] = one.x, to[1] = one.y, to[2] = two.x, to[3] = two.y;
 }
 
-// This block's part of h grows by a slab's z·downᵀ, WIDTH columns of z from `column` on. Each warp takes every WARPS-th
+// This block's part of h grows by a slab's z·downᵀ, WIDTH columns of z from at.n0 on. Each warp takes every WARPS-th
 // piece of sixteen rows and eight ranks.
 template <int WIDTH, class Tile, class T>
-DEVICE void add_hidden(const Hidden<Tile, T>& slab, const NextAct<T>& next, float* part, int m, int column, bool first,
+DEVICE void add_hidden(const Hidden<Tile, T>& slab, const NextAct<T>& next, float* part, int m, bool first,
                        const Place<Tile>& at) {
   constexpr int PIECES = Slab<Tile>::ROWS / 16, PITCH = Hidden<Tile, T>::PITCH;
   for (int i = at.warp; i < PIECES * (next.R / 8); i += Tile::WARPS) {
@@ -83,12 +83,12 @@ DEVICE void add_hidden(const Hidden<Tile, T>& slab, const NextAct<T>& next, floa
       to[j] = part + size_t(inside[j] ? row : 0) * next.R + rank + at.t * 2;
     }
     if (!first) load_sums<T>(h, to[0], to[1], inside[0], inside[1]);
-    const T* down = next.down + size_t(rank + at.g) * next.width + column + at.t * 2;
+    const T* down = next.down + size_t(rank + at.g) * next.width + at.n0 + at.t * 2;
 #pragma unroll
     for (int k = 0; k < WIDTH; k += 16) {
       uint32_t z[4];
       ldmatrix_x4(z, slab.z + (rows + at.lane % 16) * PITCH + k + at.lane / 16 * 8);
-      const bool there = column + k < next.width;
+      const bool there = at.n0 + k < next.width;
       const uint32_t by[2] = {there ? ldg<uint32_t>(down + k) : 0, there ? ldg<uint32_t>(down + k + 8) : 0};
       mma_m16n8k16<T>(h, z, by);
     }
@@ -112,7 +112,10 @@ __global__ void __launch_bounds__(THREADS) sum_hidden_kernel(const float* parts,
 template <class Tile>
 struct Plain {
   static constexpr int WIDTH = Tile::BN;  // columns of z
+  static constexpr int width_of(int n) { return n; }
+  static constexpr int jump_of(int) { return 0; }  // Operands::jump
   Activation activation;
+  bool gate_first;  // there is no gate
   DEVICE void operator()(float (&z)[VECTOR]) const {
     for (float& v : z) v = activate(v, activation);
   }
@@ -123,50 +126,75 @@ template <class Tile>
 struct Gated {
   static constexpr int WIDTH = Tile::BN / 2;
   static_assert(Tile::BN == 2 * GROUP, "value and gate are a group each");
+  static constexpr int width_of(int n) { return n / 2; }
+  static constexpr int jump_of(int n) { return n / 2 - GROUP; }
   Activation activation;
   bool gate_first;
   DEVICE void operator()(float (&z)[VECTOR]) const {
-    const bool has_gate = (threadIdx.x % 32 >= 16) != gate_first;
+    const bool has_gate = (this_thread() % 32 >= 16) != gate_first;
     for (float& v : z) {
       const float other = shfl_xor(v, 16);
-      v = has_gate ? other * activate(v, activation) : v * activate(other, activation);
+      v = (has_gate ? other : v) * activate(has_gate ? v : other, activation);
     }
   }
 };
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
-// Block (x, y) takes rows x·BM … and every one of `tiles` neighbouring tiles from y·tiles on.
-template <class Tile, bool UNSIGNED, class T, class Z>
-__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS)
-    linear_w4a4_next_kernel(Linear<T> p, NextAct<T> next, Z make, int tiles) {
-  SHARED_DYNAMIC(shared);
-  auto& slab = *reinterpret_cast<Slab<Tile>*>(shared);
+template <class T, class Z>
+struct Quantized {
+  NextAct<T> next;
+  Z make;
+  int tiles;  // neighbouring ones, that a block goes over
+};
+
+// What follows the main loop of a tile, the first or a later one of the block's: z from column corner.n0 on.
+template <class Tile, class T, class Z>
+DEVICE void finish_next(Sums<Tile>& acc, unsigned char* shared, const Part<T, Quantized<T, Z>>& part, Corner corner,
+                        bool first) {
+  const Linear<T>& p = part.linear;
+  const NextAct<T>& next = part.ending.next;
   auto& hidden = *reinterpret_cast<Hidden<Tile, T>*>(shared + sizeof(Slab<Tile>));
-  float* const part = next.parts + size_t(blockIdx.y) * next.M * next.R;
-  const int begin = blockIdx.y * tiles;
-  for (int tile = begin; tile < begin + tiles && tile * Z::WIDTH < next.width; ++tile) {
-    const Corner corner = {int(blockIdx.x) * Tile::BM, tile * Z::WIDTH, p.in.jump};
-    Sums<Tile> acc = {};
-    __syncthreads();  // what the last tile left in shared memory is read
-    compute<UNSIGNED, Tile>(acc, shared, p, corner);
-    const Place<Tile> at{corner};
-    const auto visit = [&](float(&z)[VECTOR], int i, int row, int column) {
-      const int of_z = tile * Z::WIDTH + column;
-      const bool exists = column < Z::WIDTH && of_z < next.width;
-      const Cell cell = {at.m0 + row, of_z, at.m0 + row < next.M && exists};
-      if (at.channel(column) < p.in.N) add_bias(z, p.bias + at.channel(column));
-      make(z);
-      const uint2 rounded = {cvt_16bitx2<T>(z[0], z[1]), cvt_16bitx2<T>(z[2], z[3])};
-      from_16bit<T>(z, rounded);
-      // Beyond the end is whatever a clamped channel gives: it must not meet down's zeros, as infinity would.
-      sts(hidden.z + i * Hidden<Tile, T>::PITCH + column, exists ? rounded : uint2{});
-      quantize_four(next, z, cell);
-    };
-    const auto visited = [&](int m) {
-      __syncthreads();
-      add_hidden<Z::WIDTH>(hidden, next, part, m, tile * Z::WIDTH, tile == begin, at);
-    };
-    visit_rows<Tile>(slab, acc, at, visit, visited);
+  add_low_rank<Tile>(acc, p.branch, p.in.M, p.in.N, corner);
+  const auto visit = [&](float(&z)[VECTOR], int i, int row, int column) {
+    const int of_z = corner.n0 + column;
+    const bool exists = column < Z::WIDTH && of_z < next.width;
+    const Cell cell = {corner.m0 + row, of_z, corner.m0 + row < next.M && exists};
+    if (corner.channel(column) < p.in.N) add_bias(z, p.bias + corner.channel(column));
+    part.ending.make(z);
+    const uint2 rounded = {cvt_16bitx2<T>(z[0], z[1]), cvt_16bitx2<T>(z[2], z[3])};
+    from_16bit<T>(z, rounded);
+    // Beyond the end is whatever a clamped channel gives: it must not meet down's zeros, as infinity would.
+    sts(hidden.z + i * Hidden<Tile, T>::PITCH + column, exists ? rounded : uint2{});
+    quantize_four(next, z, cell);
+  };
+  const auto visited = [&](int m) {
+    __syncthreads();
+    float* const hidden_part = next.parts + size_t(blockIdx.y) * next.M * next.R;
+    add_hidden<Z::WIDTH>(hidden, next, hidden_part, m, first, Place<Tile>{corner});
+  };
+  visit_rows<Tile>(*reinterpret_cast<Slab<Tile>*>(shared), acc, corner, visit, visited);
+}
+
+// Block (x, y) takes the rows of its turn, and every one of `tiles` neighbouring tiles from y·tiles on.
+template <class Tile, class T, class Z>
+__global__ void __launch_bounds__(Tile::THREADS, BLOCKS<Tile>) linear_w4a4_next_kernel(Group<T, Quantized<T, Z>> group) {
+  if constexpr (BUILT<Tile, T>) {
+    SHARED_DYNAMIC(shared);
+    for (int i = 0;; ++i) {
+      Sums<Tile> acc = {};
+      {
+        const Turn turn = turn_of_block<Tile>(group);
+        const Part<T, Quantized<T, Z>>& part = group.parts[turn.part];
+        const int tile = blockIdx.y * part.ending.tiles + i;
+        if (i == part.ending.tiles || tile * Z::WIDTH >= part.ending.next.width) return;
+        __syncthreads();  // what the last tile left in shared memory is read
+        multiply<false>(acc, buffers<Tile>(shared), part.linear.in, {turn.m0, tile * Z::WIDTH, part.linear.in.jump});
+      }
+      const Turn turn = turn_of_block<Tile>(group);
+      const Part<T, Quantized<T, Z>>& part = group.parts[turn.part];
+      const int tile = blockIdx.y * part.ending.tiles + i;
+      finish_next<Tile>(acc, shared, part, {turn.m0, tile * Z::WIDTH, part.linear.in.jump}, i == 0);
+    }
   }
 }
 

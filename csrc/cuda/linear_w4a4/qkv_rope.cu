@@ -3,17 +3,18 @@
 
 namespace nunchaku_py::cuda {
 
-void linear_w4a4_qkv_rope(const LinearArguments& a, const QkvRopeArguments& to) {
-  const OnDevice here(a.where.device);
-  with_type(a.type, [&]<class T>(T) {
-    const QkvRope<T> epilogue = {{static_cast<T*>(to.q), static_cast<T*>(to.k), static_cast<T*>(to.v)},
-                                 {to.q_norm, to.k_norm},
-                                 to.rotary,
-                                 a.n,
-                                 to.head_dim,
-                                 to.tokens,
-                                 to.eps};
-    launch_linear<T, false>(a, epilogue);
+void linear_w4a4_qkv_rope(const Calls<QkvRopeArguments>& calls) {
+  const OnDevice here(common(calls).where.device);
+  with_type(common(calls).type, [&]<class T>(T) {
+    launch_linear<T, false, QkvRope<T>>(calls, [](const LinearArguments& a, const QkvRopeArguments& to) {
+      return QkvRope<T>{{static_cast<T*>(to.q), static_cast<T*>(to.k), static_cast<T*>(to.v)},
+                        {to.q_norm, to.k_norm},
+                        to.rotary,
+                        a.n,
+                        to.head_dim,
+                        to.tokens,
+                        to.eps};
+    });
   });
 }
 

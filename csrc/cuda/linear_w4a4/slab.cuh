@@ -1,7 +1,7 @@
 // From accumulators to rows: what epilogues see. Sixteen rows of every warp at a time go through shared memory, as
 // floats; then a warp takes a whole row of the block's tile, each thread four neighbouring columns.
 #pragma once
-#include "cuda/linear_w4a4/mainloop_sm80.cuh"
+#include "cuda/linear_w4a4/products.cuh"
 
 namespace nunchaku_py::cuda {
 
@@ -35,15 +35,15 @@ DEVICE int row_of_slab(int m, int i) {
 // visit(values, i, row, column) for each row of the tile, row i of its slab; all threads of a warp come together, also
 // for rows beyond M. visited(m): all rows of slab m have been.
 template <class Tile, class Visit, class Visited>
-DEVICE void visit_rows(Slab<Tile>& slab, const Sums<Tile>& acc, const Place<Tile>& at, Visit visit, Visited visited) {
+DEVICE void visit_rows(Slab<Tile>& slab, const Sums<Tile>& acc, Corner corner, Visit visit, Visited visited) {
   constexpr int LANES = Slab<Tile>::LANES, STEP = Tile::THREADS / LANES;
 #pragma unroll
   for (int m = 0; m < Tile::MT; ++m) {
     __syncthreads();  // the stages, or the last slab, are read
-    store_slab<Tile>(slab, acc, m, at);
+    store_slab<Tile>(slab, acc, m, Place<Tile>{corner});
     __syncthreads();
     for (int i = threadIdx.x / LANES; i < Slab<Tile>::ROWS; i += STEP) {
-      const int column = threadIdx.x % LANES * VECTOR;
+      const int column = this_thread() % LANES * VECTOR;
       const float4 found = lds<float4>(slab.values + i * Slab<Tile>::PITCH + column);
       float values[VECTOR] = {found.x, found.y, found.z, found.w};
       visit(values, i, row_of_slab<Tile>(m, i), column);

@@ -12,8 +12,7 @@ struct Tile {
   static constexpr int SCALED_ROWS = BM < SCALE_BLOCK ? SCALE_BLOCK : BM;  // whole blocks of scales are copied
   static constexpr int MT = WM / 16, NT = WN / 8;                          // fragments of a warp
   static constexpr int WARPS_N = BN / WN, WARPS = BM / WM * WARPS_N, THREADS = 32 * WARPS;
-  // That a multiprocessor has room for, by registers: the fewer, the more a thread may use.
-  static constexpr int BLOCKS = MT * NT < 32 ? 3 : 1;
+  static constexpr bool LARGE = MT * NT >= 32;  // sums take half of the registers
   static_assert(BM % WM == 0 && BN % WN == 0, "a block is whole warps");
   static_assert(WM % 16 == 0 && WM <= SCALE_BLOCK && SCALE_BLOCK % WM == 0, "a warp's rows lie in one block of scales");
   static_assert(WN % 16 == 0 && WN <= SCALE_BLOCK && SCALE_BLOCK % WN == 0,

@@ -131,7 +131,7 @@ DEVICE void quantize_rows(const uint32_t (&x)[2][OWN / 2], const QuantizeParams<
 
 // Block (x, y) takes rows 16x … and ranks RANKS·y …; the codes are written by the first of the blocks of a row.
 template <class T, int RANKS, int WARPS, class Source>
-__global__ void __launch_bounds__(WARPS * 32) quantize_act_kernel(QuantizeParams<T> p, Source source) {
+DEVICE void quantize_block(const QuantizeParams<T>& p, Source& source) {
   SHARED_DYNAMIC(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int row = blockIdx.x * 16 + g, rank0 = blockIdx.y * RANKS;
@@ -146,6 +146,11 @@ __global__ void __launch_bounds__(WARPS * 32) quantize_act_kernel(QuantizeParams
     if (blockIdx.y == 0) quantize_rows(x, p, row, group, t);
   }
   store_hidden<RANKS, WARPS>(reinterpret_cast<float*>(shared), h, p, blockIdx.x * 16, rank0);
+}
+
+template <class T, int RANKS, int WARPS, class Source>
+__global__ void __launch_bounds__(WARPS * 32) quantize_act_kernel(QuantizeParams<T> p, Source source) {
+  if constexpr (MULTIPLIES<T>) quantize_block<T, RANKS, WARPS>(p, source);
 }
 
 template <int RANKS, int WARPS>

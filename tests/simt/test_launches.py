@@ -1,0 +1,90 @@
+"""Several linears in one launch, and GPUs of compute capability 7.5: every ending through the CUDA backend."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import nunchaku_py as nq
+from nunchaku_py import ops
+from nunchaku_py.backends import cuda
+from tests.simt.calls import CODES, PACKED, assert_same_quantized, operands, packed, specs
+from tests.simt.layouts import tokens_in_rows
+from tests.simt.test_linear_w4a4_endings import assert_near
+
+
+def endings(dtype: torch.dtype) -> Iterator[tuple[ops.Op, list[tuple], list[tuple]]]:
+    """Every op of linear_w4a4: it, and the arguments of three calls, packed and in rows."""
+    sizes = [(70, 384, 192, 16), (3, 768, 64, 0), (130, 384, 128, 32)]
+    angles, norms = (lambda m: torch.rand(m, 32, 2)), (1 + torch.rand(64), 1 + torch.rand(64))
+    for suffix, more_of, options in (
+            ("", lambda m, n: (), {}),
+            ("_gate_residual", lambda m, n: (torch.randn(1, n).to(dtype), torch.randn(m, n).to(dtype)), {}),
+            ("_qkv_rope", lambda m, n: (*norms, angles(m)), {"head_dim": 64}),
+            ("_gelu_quantize", lambda m, n: (0.5 + torch.rand(n), (torch.randn(24, n) / n**0.5).to(dtype)),
+             {"activation": "gelu_tanh", "next": CODES}),
+            ("_glu_quantize", lambda m, n: (0.5 + torch.rand(n // 2), (torch.randn(24, n // 2) / n**0.5).to(dtype)),
+             {"activation": "silu", "next": CODES})):
+        rows, mma = [], []
+        for m, n, k, r in sizes:
+            args, more, (row, pack) = operands(m, n, k, r, dtype), more_of(m, n), specs(k, **options)
+            rows.append((*args, *more, row))
+            mma.append((*packed(args), *more, pack))
+        yield ops.OPS[f"linear_w4a4{suffix}"], mma, rows
+
+
+def written(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors that came out, scales without what only fills their blocks."""
+    if isinstance(result, Tensor) or result[0].dtype != torch.uint8:
+        return (result,) if isinstance(result, Tensor) else result
+    qx, sx, h = result
+    return qx, tokens_in_rows(sx, h.shape[0]), h
+
+
+def assert_as_the_reference(op: ops.Op, got: object, args: tuple) -> None:
+    want = op.reference(*args)
+    if op.name.endswith("_quantize"):
+        assert_same_quantized(got, want)
+    else:
+        for one, other in zip(written(got), written(want), strict=True):
+            assert_near(one, other)
+
+
+def test_calls_in_one_launch(device: str) -> None:
+    """Image and text of a block, of any sizes: the reference's results, and the same bits every time."""
+    for op, mma, rows in endings(torch.bfloat16):
+        there = [tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args) for args in mma]
+        calls = [ops.Call(op, args) for args in there]
+        first, again = (tree_map_only(Tensor, Tensor.cpu, ops.together(calls)) for _ in range(2))
+        for got, same, args in zip(first, again, rows, strict=True):
+            assert_as_the_reference(op, got, args)
+            assert all(map(torch.equal, written(got), written(same)))
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_one_launch_for_what_can_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    launched = cuda._launch
+    monkeypatch.setattr(cuda, "_launch", lambda name, calls, ending: launches.append(len(calls)) or
+                        launched(name, calls, ending))
+    (op, mma, _), *_ = endings(torch.bfloat16)
+    (_, half, _), *_ = endings(torch.float16)
+    ys = ops.together([ops.Call(op, args) for args in (*mma, *half, *mma)])
+    assert launches == [6, 3]
+    assert [y.dtype for y in ys] == [torch.bfloat16] * 3 + [torch.float16] * 3 + [torch.bfloat16] * 3
+    assert torch.equal(ys[0], ys[6])
+
+
+@pytest.mark.usefixtures("as_turing")
+def test_an_rtx_20_runs_every_ending_in_float16() -> None:
+    for op, mma, rows in endings(torch.float16):
+        for got, args in zip(ops.together([ops.Call(op, args) for args in mma]), rows, strict=True):
+            assert_as_the_reference(op, got, args)
+    x, inv_smooth, down = torch.randn(70, 192).half(), 0.5 + torch.rand(192), (torch.randn(40, 192) / 14).half()
+    assert_same_quantized(ops.quantize_act(x, inv_smooth, down, PACKED),
+                          ops.quantize_act.reference(x, inv_smooth, down, CODES))
+    with pytest.raises(nq.NunchakuError, match=r"capability 7.5 multiplies no bfloat16: model.to\(torch.float16"):
+        ops.quantize_act(x.bfloat16(), inv_smooth, down.bfloat16(), PACKED)
