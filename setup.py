@@ -32,7 +32,7 @@ INT4_SOURCES = (
       for ending in ("linear_w4a4", "gate_residual", "gelu_quantize", "glu_quantize", "qkv_rope")),
 )
 CUDA_SOURCES = {  # file -> the oldest target it is meant for
-    "csrc/cuda/device_info.cu": 75, "csrc/cuda/linear_w4a16/linear_w4a16.cu": 75, **dict.fromkeys(INT4_SOURCES, 80)
+    "csrc/cuda/device_info.cu": 75, "csrc/cuda/linear_w4a16/linear_w4a16.cu": 75, **dict.fromkeys(INT4_SOURCES, 75)
 }
 CPU_SOURCES = ("csrc/module.cpp", *sorted(f"csrc/cpu/{path.name}" for path in (ROOT / "csrc/cpu").glob("*.cpp")))
 # Contracted or reordered arithmetic would round otherwise than the references. Each instruction set's file switches
