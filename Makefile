@@ -33,7 +33,7 @@ $(VENV)/torch: $(CONSTRAINTS)
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch"
 	@$(PIP) torch
-	@$(PIP) setuptools wheel pybind11
+	@$(PIP) setuptools wheel pybind11 ninja
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE)

@@ -7,33 +7,31 @@ NUNCHAKU_PY_CUDA          auto  (default) with an nvcc of this machine; without 
                           1     the CUDA part, with nvcc from PyPI if need be, or an error
 NUNCHAKU_PY_CUDA_TARGETS  compute capabilities to build for, "80;89" (default: all of CUDA_TARGETS)
 CUDA_HOME                 the CUDA toolkit to use, before the one in PATH
-MAX_JOBS                  how many compilers run at once (default: one per CPU)
+MAX_JOBS                  how many compilers run at once (default: one per CPU, within 8 GB of memory)
 
 What was built, or why not, is printed (pip shows it with -v) and kept in the module: `python -m nunchaku_py.native`.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120a")
-INT4_SOURCES = (
-    "csrc/cuda/quantize_act/quantize_act.cu", "csrc/cuda/norm_modulate_quantize/norm_modulate_quantize.cu",
+CUDA_SOURCES = (
+    "csrc/cuda/device_info.cu",
+    *(f"csrc/cuda/{op}/{op}.cu" for op in ("linear_w4a16", "norm_modulate_quantize", "quantize_act")),
     *(f"csrc/cuda/linear_w4a4/{ending}.cu"
       for ending in ("linear_w4a4", "gate_residual", "gelu_quantize", "glu_quantize", "qkv_rope")),
 )
-CUDA_SOURCES = {  # file -> the oldest target it is meant for
-    "csrc/cuda/device_info.cu": 75, "csrc/cuda/linear_w4a16/linear_w4a16.cu": 75, **dict.fromkeys(INT4_SOURCES, 75)
-}
+# A compiler of CUDA code takes up to 0.3 GB of memory: with so many at once the build stays within 8 GB.
+MOST_JOBS = 24
 CPU_SOURCES = ("csrc/module.cpp", *sorted(f"csrc/cpu/{path.name}" for path in (ROOT / "csrc/cpu").glob("*.cpp")))
 # Contracted or reordered arithmetic would round otherwise than the references. Each instruction set's file switches
 # it on by itself: nothing here may depend on the machine that builds.
@@ -98,20 +96,26 @@ def say(sentence: str) -> None:
     print(f"nunchaku-py: {sentence}", file=sys.stderr, flush=True)
 
 
-def run(command: list[str]) -> str:
-    """The command's output, stderr included; if it fails a CudaBuildError with its errors, or else with its end."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    if done.returncode:
-        lines = done.stdout.strip().splitlines()
+def run(command: list[str], show: bool = False) -> str:
+    """The command's output, stderr included, also shown as it comes; if it fails a CudaBuildError with its errors, or
+    else with its end."""
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace") as process:
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if show:
+                say(lines[-1])
+    if process.returncode:
         errors = [line for line in lines if re.search(r"\berror\b", line, re.I)] or lines[-4:]
         raise CudaBuildError(f"`{' '.join(command)}` failed: {' | '.join(errors[:4])}")
-    return done.stdout
+    return "\n".join(lines)
 
 
-def nvcc_command(nvcc: str, source: Path, output: Path, targets: tuple[str, ...], threads: int = 0) -> list[str]:
+def nvcc_command(nvcc: str, source: str, output: str, targets: tuple[str, ...], threads: int = 0) -> list[str]:
     host = ["/MD", "/EHsc"] if os.name == "nt" else ["-fPIC", "-fvisibility=hidden"]
     return [
-        *(nvcc, "-c", str(source), "-o", str(output), f"-I{ROOT / 'csrc'}", f"--threads={threads}"),
+        *(nvcc, "-c", source, "-o", output, f"-I{ROOT / 'csrc'}", f"--threads={threads}"),
         *("-std=c++20", "-O3", "-fmad=false"),  # kernels write fmaf where they mean it: hosts round the same then
         *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
         *(part for option in host for part in ("-Xcompiler", option)),
@@ -120,7 +124,7 @@ def nvcc_command(nvcc: str, source: Path, output: Path, targets: tuple[str, ...]
 
 def cudart_static_folder(nvcc: str) -> Path:
     # Asked of nvcc itself, because the nvcc in PATH can be a script that calls the real one elsewhere.
-    dryrun = run([nvcc, "--dryrun", "-c", str(ROOT / next(iter(CUDA_SOURCES)))])
+    dryrun = run([nvcc, "--dryrun", "-c", str(ROOT / CUDA_SOURCES[0])])
     top = re.search(r"^#\$ TOP=(.+?)\s*$", dryrun, re.M)
     top = Path(top[1]) if top else Path(nvcc).resolve().parent.parent
     for folder in (top / "lib64", top / "lib", top / "lib/x64"):
@@ -129,36 +133,54 @@ def cudart_static_folder(nvcc: str) -> Path:
     raise CudaBuildError(f"no static CUDA runtime library under {top}")
 
 
-def object_path(command: list[str], source: Path, folder: Path) -> Path:
-    """Named by what it is made from (command, source, every header), so that unchanged kernels are not rebuilt."""
-    key = hashlib.sha256("\n".join(command).encode())
-    for file in sorted((ROOT / "csrc/cuda").rglob("*")):
-        if file.is_file() and (file.suffix != ".cu" or file == source):
-            key.update(file.read_bytes())
-    return folder / f"{source.stem}-{key.hexdigest()[:16]}{'.obj' if os.name == 'nt' else '.o'}"
+def find_ninja() -> str:
+    """Of the PyPI package, which pip installs for the build, or of PATH."""
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+    else:
+        found = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+    if found is None:
+        raise CudaBuildError("no ninja was found (in PATH, or as the package of that name from PyPI)")
+    return found
+
+
+def build_jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or 0) or min(os.cpu_count() or 1, MOST_JOBS)
+
+
+def ninja_file(nvcc: str, targets: tuple[str, ...]) -> str:
+    """What ninja is to do: an object for each file, made anew when the command or a file that it read has changed."""
+    def escaped(text: str) -> str:
+        return re.sub(r"([$ :])", r"$\1", text)
+
+    threads = max(1, build_jobs() // len(CUDA_SOURCES))
+    command = subprocess.list2cmdline(nvcc_command(nvcc, "IN", "OUT", targets, threads)).replace("$", "$$")
+    rule = command.replace("IN", "$in", 1).replace("OUT", "$out", 1)
+    lines = ["rule nvcc", f"  command = {rule} -MMD -MF $out.d", "  depfile = $out.d", "  deps = gcc",
+             "  description = compiling $out for " + ", ".join(targets)]
+    for source in CUDA_SOURCES:
+        lines.append(f"build {object_name(source)}: nvcc {escaped(str(ROOT / source))}")
+    return "\n".join(lines) + "\n"
+
+
+def object_name(source: str) -> str:
+    return Path(source).stem + (".obj" if os.name == "nt" else ".o")
 
 
 def compile_cuda(nvcc: str, targets: tuple[str, ...], folder: Path) -> list[Path]:
-    """One object per file of CUDA_SOURCES, for those of the targets that it is meant for."""
+    """One object per file of CUDA_SOURCES, for all of the targets. Compilers and sets of targets have a folder each."""
+    folder = folder / "-".join(("cuda", nvcc_version(nvcc), *targets))
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    threads = max(1, jobs // len(CUDA_SOURCES))
+    (folder / "build.ninja").write_text(ninja_file(nvcc, targets), encoding="utf-8")
+    run([find_ninja(), "-C", str(folder), "-j", str(build_jobs())], show=True)
+    return [folder / object_name(source) for source in CUDA_SOURCES]
 
-    version = run([nvcc, "--version"])
 
-    def compile_one(item: tuple[str, int]) -> Path:
-        source, oldest = ROOT / item[0], item[1]
-        # Where all asked for are older it is built for one all the same, never to run: others refer to what is in it.
-        own = tuple(target for target in targets if int(target.rstrip("af")) >= oldest) or (str(oldest),)
-        output = object_path([*nvcc_command(nvcc, source, folder, own), version], source, folder)
-        if not output.exists():
-            partial = output.with_name("partial-" + output.name)
-            run(nvcc_command(nvcc, source, partial, own, threads))
-            partial.replace(output)
-        return output
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, CUDA_SOURCES.items()))
+def nvcc_version(nvcc: str) -> str:
+    version = re.search(r"release ([\d.]+)", run([nvcc, "--version"]))
+    return version[1] if version else "of unknown version"
 
 
 def build_cuda(extension, folder: Path) -> tuple[str, tuple[str, ...]]:
@@ -177,8 +199,7 @@ def build_cuda(extension, folder: Path) -> tuple[str, tuple[str, ...]]:
     extension.library_dirs.append(str(libraries))
     extension.libraries += ["cudart_static"] if os.name == "nt" else ["cudart_static", "dl", "rt", "pthread"]
     extension.define_macros.append(("NUNCHAKU_PY_WITH_CUDA", "1"))
-    version = re.search(r"release ([\d.]+)", run([nvcc, "--version"]))
-    return f"built by nvcc {version[1] if version else 'of unknown version'}", targets
+    return f"built by nvcc {nvcc_version(nvcc)}", targets
 
 
 def build_info(cuda_status: str, targets: tuple[str, ...]) -> str:

@@ -89,7 +89,7 @@ def plain_kernels() -> list[Kernel]:
     if not cuobjdump:
         raise SystemExit("nvcc and cuobjdump are needed: none was found")
     objects = builder.compile_cuda(nvcc, builder.cuda_targets(nvcc), ROOT / "build/cuda")
-    found = [kernel for path in objects if path.name.startswith("linear_w4a4") for kernel in kernels(cuobjdump, path)
+    found = [kernel for path in objects if path.stem == "linear_w4a4" for kernel in kernels(cuobjdump, path)
              if _is_plain(kernel)]
     return sorted(found, key=lambda kernel: (kernel.target, PLAIN.search(kernel.name)[1].zfill(4)))
 

@@ -164,6 +164,7 @@ PYBIND11_MODULE(_native, m) {
   bind_cpu(m);
 #ifdef NUNCHAKU_PY_WITH_CUDA
   nunchaku_py::cuda::bind_cuda(m.def_submodule("cuda", "the ops on NVIDIA GPUs"));
+  m.def("why_not_this_driver", &nunchaku_py::cuda::why_not_this_driver, "why it runs nothing built here, or ''");
   m.def("cuda_devices", &cuda_devices, "GPUs of this machine and the compiled target that ran on each");
 #endif
 }

@@ -53,6 +53,11 @@ def cuda_targets() -> tuple[str, ...]:
     return tuple(filter(None, module.cuda_targets.split(";"))) if module else ()
 
 
+def why_not_this_driver() -> str:
+    """Why the NVIDIA driver of this machine runs nothing of the CUDA part, such as that it is older; or ""."""
+    return module.why_not_this_driver()
+
+
 def cuda_devices() -> list[dict]:
     """One dict per GPU: name, capability (major, minor), memory in bytes, target (the compiled one that ran there,
     0: none) and problem (why none ran). Looks when called; a RuntimeError says why there are none."""

@@ -152,9 +152,42 @@ def test_cuda_sources_compile_for_every_target() -> None:
 
 
 @needs_nvcc
+def test_what_includes_a_changed_header_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"a.cu": '#include "a.h"\nint a() { return A; }\n', "a.h": "#define A 1\n", "b.cu": ""}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(builder, "CUDA_SOURCES", (str(tmp_path / "a.cu"), str(tmp_path / "b.cu")))
+
+    def times() -> list[int]:
+        objects = builder.compile_cuda(builder.find_nvcc(), ("80",), tmp_path / "objects of this")
+        return [item.stat().st_mtime_ns for item in objects]
+
+    first = times()
+    assert times() == first
+    (tmp_path / "a.h").write_text("#define A 2\n")
+    changed, same = (new != old for new, old in zip(times(), first, strict=True))
+    assert changed and not same
+
+
+def test_without_ninja_the_reason_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(builder.CudaBuildError, match="no ninja was found"):
+        builder.find_ninja()
+
+
+def test_the_build_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    assert builder.build_jobs() == builder.MOST_JOBS
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert builder.build_jobs() == 3
+
+
+@needs_nvcc
 def test_broken_cuda_source_is_an_error_with_the_compilers_words(tmp_path: Path) -> None:
     (tmp_path / "broken.cu").write_text("int f() { return misspelt; }\n")
-    command = builder.nvcc_command(builder.find_nvcc(), tmp_path / "broken.cu", tmp_path / "broken.o", ("80",))
+    source, output = (str(tmp_path / f"broken{suffix}") for suffix in (".cu", ".o"))
+    command = builder.nvcc_command(builder.find_nvcc(), source, output, ("80",))
     with pytest.raises(builder.CudaBuildError, match=r'failed: .*"misspelt" is undefined'):
         builder.run(command)
 

@@ -17,11 +17,8 @@ __global__ void report_target(int* target) {
 std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 std::string why_no_gpu(cudaError_t error) {
-  if (error != cudaErrorInsufficientDriver) return cudaGetErrorString(error);
-  int driver = 0;  // stays 0 where no driver is installed
-  cudaDriverGetVersion(&driver);
-  if (driver == 0) return "this machine has no NVIDIA driver";
-  return "the NVIDIA driver knows CUDA up to " + dotted(driver) + ", this was built with " + dotted(CUDART_VERSION);
+  const std::string driver = error == cudaErrorInsufficientDriver ? why_not_this_driver() : "";
+  return driver.empty() ? cudaGetErrorString(error) : driver;
 }
 
 // 0, or the target that ran; `problem` then says what the driver said.
@@ -43,6 +40,14 @@ int run_report(int device, std::string& problem) {
 }
 
 }  // namespace
+
+std::string why_not_this_driver() {
+  int driver = 0;  // stays 0 where no driver is installed
+  cudaDriverGetVersion(&driver);
+  if (driver == 0) return "this machine has no NVIDIA driver";
+  if (driver / 1000 >= CUDART_VERSION / 1000) return "";
+  return "the NVIDIA driver knows CUDA up to " + dotted(driver) + ", this was built with " + dotted(CUDART_VERSION);
+}
 
 std::vector<Device> devices() {
   int count = 0;

@@ -13,6 +13,9 @@ struct Device {
   std::string problem;       // why none runs
 };
 
+// Why the driver of this machine runs nothing that was built here, or "". Asks the driver for its version only.
+std::string why_not_this_driver();
+
 // Looks for GPUs and runs a one-thread kernel on each. Throws std::runtime_error with the driver's words if there are none.
 std::vector<Device> devices();
 

@@ -67,7 +67,12 @@ def _refuses_device(tensor: Tensor) -> str | None:
         return native.status()
     if tensor.device.type != DEVICE:
         return f"the tensors are on {tensor.device.type}"
-    return _refuses_capability(_capability(tensor.device))
+    return _refuses_driver() or _refuses_capability(_capability(tensor.device))
+
+
+@cache
+def _refuses_driver() -> str | None:
+    return native.why_not_this_driver() or None
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import nunchaku_py as nq
-from nunchaku_py import ops
+from nunchaku_py import native, ops
 from nunchaku_py.backends import cuda
 from nunchaku_py.commands.op_samples import sample
 from nunchaku_py.ops import ActSpec, LinearSpec
@@ -149,6 +149,14 @@ def test_a_gpu_without_its_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(cuda, "_capability", lambda device, found=capability: found)
         with pytest.raises(nq.NunchakuError, match=said):
             ops.linear_w4a4(*packed(operands(4, 32, 64, 16)), specs(64)[1])
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_an_older_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "the NVIDIA driver knows CUDA up to 12.4, this was built with 13.0"
+    monkeypatch.setattr(native, "why_not_this_driver", lambda: said)
+    with pytest.raises(nq.NunchakuError, match=f"cuda: {said}"):
+        ops.linear_w4a4(*packed(operands(4, 32, 64, 16)), specs(64)[1])
 
 
 @pytest.mark.usefixtures("as_gpu")
