@@ -10,14 +10,12 @@ measurement, and no kernel is faster than it says.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 from collections import Counter
-from pathlib import Path
 
+from benchmarks.machine import ROOT, setup_module
 from benchmarks.sass import Kernel, find_cuobjdump, kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 CYCLES = {"80": 8, "86": 16, "89": 16}  # from the peaks of data sheets: A100 1248, RTX 3090 568, RTX 4090 1321 TOPS
 PLAIN = re.compile(r"18linear_w4a4_kernel.*TileILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+EEELb0E.*4bf16.*5Store")
 
@@ -34,9 +32,7 @@ def main() -> None:
 
 def plain_kernels() -> list[Kernel]:
     """linear_w4a4 itself, in bf16 with signed codes, for every tile and native target, as an installation builds it."""
-    spec = importlib.util.spec_from_file_location("nunchaku_py_setup", ROOT / "setup.py")
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
+    builder = setup_module()
     nvcc = builder.find_nvcc()
     cuobjdump = nvcc and find_cuobjdump(nvcc)
     if not cuobjdump:
