@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import nunchaku_py as nq
-from benchmarks import gpu, gpu_pipeline
+from benchmarks import gpu, gpu_ops, gpu_pipeline
 from benchmarks.contenders import BASELINE
 from benchmarks.flux_size import step_inputs
 from benchmarks.gpu_models import TINY, blocks_that_fit, parameters, quantized_copy, random_model, source_of
 from benchmarks.quick import CHOICES
-from benchmarks.rows import read
+from benchmarks.rows import names_of, read
 
 NAMES = (BASELINE, "nunchaku-py a4", "nunchaku-py auto")
 RECIPE = CHOICES["quick-int4"]
@@ -89,6 +89,12 @@ def test_as_many_blocks_as_fit() -> None:
     fewer = blocks_that_fit(24 * 2**30, ("bf16", "a4"))
     assert fewer[1] == 2 * fewer[0] and 2.65 * (fewer[0] * double + fewer[1] * single) < 20 * 2**30
     assert blocks_that_fit(2**30, ("bf16",)) == (1, 2)
+
+
+def test_rows_of_both_benchmarks_begin_with_the_machine_and_the_code() -> None:
+    columns = gpu.provenance("cpu")
+    for kind in (gpu_ops.Row, gpu_pipeline.Row):
+        assert set(names_of(kind)[:len(columns)]) == set(columns) == set(names_of(gpu.GpuRow))
 
 
 def test_the_version_of_nvcc_is_read() -> None:
