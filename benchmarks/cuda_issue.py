@@ -10,15 +10,13 @@ Memory, latency and clocks are not in it: it is no measurement, and no kernel is
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
+from benchmarks.machine import ROOT, setup_module
 from benchmarks.sass import Kernel, find_cuobjdump, kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 FLOAT = ("FFMA", "FMUL", "FADD", "IMAD")  # what the float lanes do
 PLAIN = re.compile(r"18linear_w4a4_kernel.*TileILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+EEELb0E.*(4bf16|3f16).*5Store")
 
@@ -81,9 +79,7 @@ def main() -> None:
 
 def plain_kernels() -> list[Kernel]:
     """linear_w4a4 itself, with signed codes, for every tile and native target, as an installation builds it."""
-    spec = importlib.util.spec_from_file_location("nunchaku_py_setup", ROOT / "setup.py")
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
+    builder = setup_module()
     nvcc = builder.find_nvcc()
     cuobjdump = nvcc and find_cuobjdump(nvcc)
     if not cuobjdump:

@@ -106,9 +106,9 @@ def build(args: argparse.Namespace) -> None:
     print(f"{shards.size / 1e9:.2f} GB in {args.folder}, {time.monotonic() - started:.0f} s")
 
 
-def meta_model(double: int, single: int) -> FluxTransformer2DModel:
-    """FLUX.1-dev without data, with so many blocks of both kinds."""
-    config = {**CONFIGS["flux"][1], "num_layers": double, "num_single_layers": single}
+def meta_model(double: int, single: int, **other: Any) -> FluxTransformer2DModel:
+    """FLUX.1-dev without data, with so many blocks of both kinds, and other arguments where a smaller one is wanted."""
+    config = {**CONFIGS["flux"][1], **other, "num_layers": double, "num_single_layers": single}
     with init_empty_weights():
         return FluxTransformer2DModel(**config).bfloat16()
 
@@ -148,9 +148,14 @@ def random_rest(model: nn.Module, prefix: str, known: Container[str] = ()) -> di
     """Random values for what is not quantized: in the block `prefix`, or ("") outside all blocks."""
     found = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)
              and name not in known and (prefix or "transformer_blocks." not in name)}
-    return {name: torch.ones(tensor.shape, dtype=BF16) if "norm_" in name and tensor.ndim == 1
-            else torch.empty(tensor.shape, dtype=BF16).normal_(std=tensor.shape[-1]**-0.5)
-            for name, tensor in found.items()}
+    return {name: random_tensor(name, tensor.shape) for name, tensor in found.items()}
+
+
+def random_tensor(name: str, shape: torch.Size, device: str = "cpu") -> Tensor:
+    """Ones for the weight of a norm, else normal, so that a linear keeps the size of its input."""
+    if "norm_" in name and len(shape) == 1:
+        return torch.ones(shape, dtype=BF16, device=device)
+    return torch.empty(shape, dtype=BF16, device=device).normal_(std=shape[-1]**-0.5)
 
 
 def write_config(model: FluxTransformer2DModel, folder: Path, recipe: str, groups: Sequence[Sequence[str]]) -> None:
@@ -198,15 +203,15 @@ def steps(model: FluxTransformer2DModel, args: argparse.Namespace) -> Iterator[f
               f"{'finite' if y.isfinite().all() else 'NOT FINITE'}, {gigabytes(machine.memory())}", flush=True)
 
 
-def step_inputs(model: FluxTransformer2DModel, tokens: int) -> dict[str, Any]:
-    """What the pipeline passes for one image of so many tokens: 1024 are 512×512."""
+def step_inputs(model: FluxTransformer2DModel, tokens: int, text: int = TEXT) -> dict[str, Any]:
+    """What the pipeline passes for one image of so many tokens (1024 are 512×512) and a prompt of `text`."""
     config, side = model.config, max(1, int(tokens**0.5))
     ids = torch.zeros(tokens, 3)
     ids[:, 1], ids[:, 2] = torch.arange(tokens) // side, torch.arange(tokens) % side
     torch.manual_seed(0)
     return {"hidden_states": torch.randn(1, tokens, config.in_channels).to(BF16), "img_ids": ids.to(BF16),
-            "encoder_hidden_states": torch.randn(1, TEXT, config.joint_attention_dim).to(BF16),
-            "txt_ids": torch.zeros(TEXT, 3, dtype=BF16), "timestep": torch.tensor([0.5], dtype=BF16),
+            "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim).to(BF16),
+            "txt_ids": torch.zeros(text, 3, dtype=BF16), "timestep": torch.tensor([0.5], dtype=BF16),
             "pooled_projections": torch.randn(1, config.pooled_projection_dim).to(BF16),
             "guidance": torch.tensor([3.5], dtype=BF16)}
 

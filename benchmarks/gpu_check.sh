@@ -1,40 +1,92 @@
 #!/usr/bin/env bash
-# benchmarks/gpu_check.sh OUT: everything that a GPU can say of this project, in one command.
+# benchmarks/gpu_check.sh OUT [STEP …]: everything that a GPU can say of this project, in one command.
 #
-# Builds the native module for the GPU found, runs the tests that need one, then the benchmark of single linears; what is
-# printed goes into OUT/log.txt, numbers into OUT/*.csv. What is needed: torch with CUDA, nvcc 13 and a C++ compiler,
-# setuptools, pybind11, pytest, and diffusers for whole models. PYTHON names the interpreter.
-# A later step runs also where an earlier one failed; the exit status says whether all succeeded.
+#   build      the native module, for the GPU found
+#   info       what it finds
+#   tests      those that need a GPU
+#   ops        benchmark of single linears                   OUT/ops.csv
+#   pipeline   benchmark of one step of FLUX.1               OUT/pipeline.csv
+#   memcheck   the kernels' tests under compute-sanitizer: accesses out of bounds
+#   racecheck  the same: races in shared memory
+#
+# All of them, in this order, or those named. What is printed goes into OUT/log.txt too; its first line names the GPU,
+# the versions and the commit. What is needed: torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, pytest,
+# and diffusers for whole models. PYTHON names the interpreter, SECONDS_IN_ALL (default 570) how long all may take: a step
+# is stopped at its own limit or at this one. A later step runs also where an earlier one failed; the exit status says
+# whether all that ran succeeded.
 set -uo pipefail
-out=${1:?"usage: benchmarks/gpu_check.sh OUT"}
+ALL="build info tests ops pipeline memcheck racecheck"
+out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
+shift
+steps=${*:-$ALL}
+for name in $steps; do
+  case " $ALL " in *" $name "*) ;; *) echo "unknown step: $name; steps: $ALL" >&2; exit 2 ;; esac
+done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+budget=${SECONDS_IN_ALL:-570}
 failed=0
 
-step() {  # step NAME COMMAND …: runs it, tells how long it took and how it ended
-  local name=$1 begin=$SECONDS
-  shift
-  echo "== $name: $*"
-  "$@" 2>&1
-  local rc=$?
-  echo "== $name: $((SECONDS - begin)) s, exit status $rc"
+step() {  # step NAME LIMIT COMMAND …: if it was asked for, runs it, tells how long it took and how it ended
+  local name=$1 limit=$2 begin=$SECONDS rc
+  shift 2
+  case " $steps " in *" $name "*) ;; *) return 0 ;; esac
+  if [ $((budget - SECONDS)) -lt "$limit" ]; then limit=$((budget - SECONDS)); fi
+  if [ "$limit" -le 0 ]; then
+    echo "== $name: not run, the $budget s of all steps are over"
+    failed=1
+    return
+  fi
+  echo "== $name (at most $limit s): $*"
+  timeout --kill-after=5 "$limit" "$@"
+  rc=$?
+  echo "== $name: $((SECONDS - begin)) s, exit status $rc$([ $rc -ne 124 ] || echo ', stopped at its limit')"
   [ $rc -eq 0 ] || failed=1
+}
+
+sanitizer() {  # where compute-sanitizer is; nothing if it is nowhere
+  local folder
+  command -v compute-sanitizer && return
+  for folder in ${CUDA_HOME:+"$CUDA_HOME/bin"} /usr/local/cuda/bin; do
+    [ -x "$folder/compute-sanitizer" ] && echo "$folder/compute-sanitizer" && return
+  done
+}
+
+# sanitize TOOL LIMIT DESELECTED OPTION …: the kernels' tests under it, without those whose names hold DESELECTED.
+# Without torch's cache of memory, in which an access out of bounds would hit the neighbour; so nothing can be captured
+# in a graph.
+sanitize() {
+  local tool=$1 limit=$2 deselected=$3 found
+  shift 3
+  case " $steps " in *" $tool "*) ;; *) return 0 ;; esac
+  found=$(sanitizer)
+  if [ -z "$found" ]; then
+    echo "== $tool: skipped, compute-sanitizer is not installed (PATH, CUDA_HOME/bin, /usr/local/cuda/bin)"
+    return
+  fi
+  step "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$tool" --error-exitcode 1 \
+    --target-processes all "$@" "$python" -m pytest -q -p no:cacheprovider -m gpu tests/simt -k "not ($deselected)"
 }
 
 check() {
   local target
-  target=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))') ||
-    { echo "no GPU that torch can use"; failed=1; return; }
+  "$python" -W ignore -m benchmarks.gpu || return 1
+  target=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
   case $target in 90 | 10? | 12?) target=${target}a ;; esac
   export NUNCHAKU_PY_CUDA=1 NUNCHAKU_PY_CUDA_TARGETS=$target
-  step build "$python" setup.py -q build_ext --inplace
-  step info "$python" -m nunchaku_py info
-  step tests "$python" -m pytest -q -m gpu
-  step ops "$python" -m benchmarks.gpu_ops --out "$out/ops.csv"
+  step build 240 "$python" setup.py -q build_ext --inplace
+  step info 60 "$python" -m nunchaku_py info
+  step tests 150 "$python" -m pytest -q -m gpu
+  step ops 120 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv"
+  step pipeline 280 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" --seconds "${PIPELINE_SECONDS:-180}"
+  sanitize memcheck 150 compiled
+  # Some fifty times slower: kernels of this project only, and no whole models.
+  sanitize racecheck 150 "compiled or whole_model" --kernel-regex kns=nunchaku_py
+  return $failed
 }
 
-check > >(tee "$out/log.txt")
-exit $failed
+check 2>&1 | tee "$out/log.txt"
+exit "${PIPESTATUS[0]}"

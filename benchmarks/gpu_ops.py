@@ -7,15 +7,15 @@ rounds. The error is of the 16-bit product of the same weight, on random data.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import commit
+from benchmarks.gpu import NO_GPU, GpuRow, provenance
+from benchmarks.rows import RowFile
 from benchmarks.timing import Spread
 from nunchaku_py import ops
 from nunchaku_py.demo.measure import relative_error
@@ -30,11 +30,7 @@ Run = Callable[[int], Tensor]  # of a set of operands
 
 
 @dataclass
-class Row:
-    device: str
-    capability: str
-    torch: str
-    commit: str
+class Row(GpuRow):
     shape: str
     m: int
     n: int
@@ -59,20 +55,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("no GPU that torch can use")
-    with arguments.out.open("w", newline="") as file:
-        writer = None
+        raise SystemExit(NO_GPU)
+    with RowFile.create(arguments.out, Row) as file:
         for name, (n, k) in list(SHAPES.items())[:1 if arguments.quick else None]:
             for m in ROWS:
                 for mode in arguments.modes:
-                    row = asdict(measured(name, m, n, k, mode))
-                    writer = writer or csv.DictWriter(file, row)
-                    if file.tell() == 0:
-                        writer.writeheader()
-                    writer.writerow(row)
-                    file.flush()
-                    print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                                    for key, value in row.items() if key not in ("device", "torch", "commit")))
+                    row = measured(name, m, n, k, mode)
+                    file.write(row)
+                    print(row.line(), flush=True)
 
 
 @torch.no_grad()
@@ -87,10 +77,10 @@ def measured(name: str, m: int, n: int, k: int, mode: str) -> Row:
     plain = in_graph(lambda i: torch.nn.functional.linear(inputs[i], weights[i]), sets)
     times = [(seconds(ours) / sets, seconds(plain) / sets) for _ in range(ROUNDS)]
     took, ratio = Spread.of([1e3 * one for one, _ in times]), Spread.of([other / one for one, other in times])
-    return Row(torch.cuda.get_device_name(), "{}.{}".format(*torch.cuda.get_device_capability()), torch.__version__,
-               commit(), name, m, n, k, mode, backend_of(layers[0], inputs[0]), took.median, took.low, took.high,
-               2e-9 * m * n * k / took.median, Spread.of([1e3 * other for _, other in times]).median,
-               ratio.median, ratio.low, ratio.high, error)
+    return Row(**provenance(), shape=name, m=m, n=n, k=k, mode=mode, backend=backend_of(layers[0], inputs[0]),
+               ms=took.median, ms_low=took.low, ms_high=took.high, tops=2e-9 * m * n * k / took.median,
+               bf16_ms=Spread.of([1e3 * other for _, other in times]).median, speedup=ratio.median,
+               speedup_low=ratio.low, speedup_high=ratio.high, error=error)
 
 
 def quantized(weight: Tensor, mode: str) -> QuantLinear:

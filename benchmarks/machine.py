@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import subprocess
 import time
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -16,16 +18,34 @@ from nunchaku_py.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 ISA_VARIABLE = "NUNCHAKU_PY_CPU_ISA"
+COMMIT_VARIABLE = "NUNCHAKU_PY_COMMIT"  # for a copy of the code without git
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 @cache
 def commit() -> str:
-    """The revision measured, with a + where the code differs from it."""
+    """The revision measured, with a + where the code differs from it. Where git cannot say, the variable can."""
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+        return output("git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *words).strip()
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "nunchaku_py", "csrc", "benchmarks/*.py")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    revision = git("rev-parse", "--short", "HEAD")
+    return revision + ("+" if changed else "") if revision else os.environ.get(COMMIT_VARIABLE, "unknown")
+
+
+def output(*command: str) -> str:
+    """What a command prints; nothing where it is missing, fails or hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def setup_module() -> ModuleType:
+    """setup.py, for what it knows of compilers."""
+    spec = importlib.util.spec_from_file_location("nunchaku_py_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def provenance() -> dict[str, str]:

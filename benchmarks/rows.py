@@ -1,4 +1,4 @@
-"""The rows that benchmarks.ops writes: one contender on one shape."""
+"""Files of rows; and the row that benchmarks of CPUs write: one contender on one shape."""
 from __future__ import annotations
 
 import csv
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from benchmarks.timing import Spread
 
@@ -54,34 +55,37 @@ class Row:
 
 
 class RowFile:
-    """Appends rows as they come, so that an interrupted run leaves what it has."""
+    """Appends rows, of one dataclass, as they come, so that an interrupted run leaves what it has."""
 
-    NAMES = tuple(field.name for field in fields(Row))
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: type = Row) -> None:
+        self.path, self.kind = path, kind
 
     @classmethod
-    def create(cls, path: Path) -> None:
+    def create(cls, path: Path, kind: type = Row) -> RowFile:
         """An empty file with the header."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(cls.NAMES)
+            csv.writer(file, lineterminator="\n").writerow(names_of(kind))
+        return cls(path, kind)
 
     def __enter__(self) -> RowFile:
         if not self.path.exists():
-            self.create(self.path)
+            self.create(self.path, self.kind)
         self.file = self.path.open("a", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, self.NAMES, lineterminator="\n")
+        self.writer = csv.DictWriter(self.file, names_of(self.kind), lineterminator="\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.file.close()
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Any) -> None:
         self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
                               for name, value in asdict(row).items()})
         self.file.flush()
+
+
+def names_of(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, str]]:

@@ -7,10 +7,8 @@ import pytest
 
 from benchmarks import blocks, flux_size, plot, shapes
 from benchmarks.contenders import BASELINE
+from benchmarks.gpu_models import TINY
 from benchmarks.rows import Row, RowFile, read
-
-TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "joint_attention_dim": 128, "pooled_projection_dim": 64,
-        "in_channels": 16, "axes_dims_rope": (16, 24, 24), "guidance_embeds": True}
 
 
 @pytest.mark.parametrize(("double", "single", "path"), [(1, 0, "transformer_blocks.0"),
