@@ -10,8 +10,8 @@
 #   racecheck  the same: races in shared memory
 #
 # All of them, in this order, or those named. What is printed goes into OUT/log.txt too; its first line names the GPU,
-# the versions and the commit. What is needed: torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, pytest,
-# and diffusers for whole models. PYTHON names the interpreter, SECONDS_IN_ALL (default 570) how long all may take: a step
+# the versions and the commit. What is needed: torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja,
+# pytest, and diffusers for whole models. PYTHON names the interpreter, SECONDS_IN_ALL (default 570) how long all may take: a step
 # is stopped at its own limit or at this one. A later step runs also where an earlier one failed; the exit status says
 # whether all that ran succeeded.
 set -uo pipefail
