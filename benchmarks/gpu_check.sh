@@ -11,9 +11,9 @@
 #
 # All of them, in this order, or those named. What is printed goes into OUT/log.txt too; its first line names the GPU,
 # the versions and the commit. What is needed: torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja,
-# pytest, and diffusers for whole models. PYTHON names the interpreter, SECONDS_IN_ALL (default 570) how long all may take: a step
-# is stopped at its own limit or at this one. A later step runs also where an earlier one failed; the exit status says
-# whether all that ran succeeded.
+# pytest, and diffusers for whole models. PYTHON names the interpreter, SECONDS_IN_ALL (default 570) how long all may
+# take: a step is stopped at its own limit or at this one. A later step runs also where an earlier one failed; the exit
+# status says whether all that ran succeeded.
 set -uo pipefail
 ALL="build info tests ops pipeline memcheck racecheck"
 out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
