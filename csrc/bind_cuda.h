@@ -70,10 +70,10 @@ inline NextArguments next_arguments(int activation, bool gate_first, bool is_uns
   return to;
 }
 
-inline FewRowsArguments few_rows_arguments(int device, Address stream, int type, int m, int n, int k, int r, int group,
+inline DecodedArguments decoded_arguments(int device, Address stream, int type, int m, int n, int k, int r, int group,
                                            Address x, Address qw, Address scales, Address zeros, Address h, Address up,
                                            Address bias, Address y) {
-  FewRowsArguments a;
+  DecodedArguments a;
   a.where = where(device, stream), a.type = Type(type), a.m = m, a.n = n, a.k = k, a.r = r, a.group = group;
   a.x = at<void>(x), a.qw = at<std::uint8_t>(qw), a.scales = at<void>(scales), a.zeros = at<void>(zeros);
   a.h = at<float>(h), a.up = at<void>(up), a.bias = at<float>(bias), a.y = at<void>(y);
@@ -99,7 +99,7 @@ inline void bind_cuda(py::module_ m) {
   py::class_<GateResidualArguments>(m, "GateResidualArguments", local).def(py::init(&gate_residual_arguments));
   py::class_<QkvRopeArguments>(m, "QkvRopeArguments", local).def(py::init(&qkv_rope_arguments));
   py::class_<NextArguments>(m, "NextArguments", local).def(py::init(&next_arguments));
-  py::class_<FewRowsArguments>(m, "FewRowsArguments", local).def(py::init(&few_rows_arguments));
+  py::class_<DecodedArguments>(m, "DecodedArguments", local).def(py::init(&decoded_arguments));
   m.def("linear_w4a16", &linear_w4a16, Free());
   m.def("quantize_act", &quantize_act, Free());
   m.def("norm_modulate_quantize", &norm_modulate_quantize, Free());

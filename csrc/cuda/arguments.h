@@ -81,7 +81,7 @@ struct NextArguments {
 };
 
 // linear_w4a16: all in rows.
-struct FewRowsArguments {
+struct DecodedArguments {
   Where where;
   Type type = Type::bf16;  // of x, scales, zeros, up and y
   int m = 0, n = 0, k = 0, r = 0, group = 0;
@@ -97,7 +97,7 @@ struct FewRowsArguments {
 void quantize_act(const QuantizeArguments& a);
 void norm_modulate_quantize(const QuantizeArguments& a);
 
-void linear_w4a16(const FewRowsArguments& a);
+void linear_w4a16(const DecodedArguments& a);
 
 // Linears in one launch, of which none needs the others: of one device and type, their codes signed or not alike.
 template <class To>

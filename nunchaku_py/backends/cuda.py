@@ -29,7 +29,6 @@ NORMS = {"layer": 1, "rms": 2}
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "silu": 3}
 RANKS, NEXT_RANKS = 16, 8  # the kernels multiply by so many ranks at a time: of up, of the next linear's down
 WARP = 32
-FEW = 64  # rows that the kernel of linear_w4a16 takes: it decodes the weight anew for every four
 WIDEST_HEAD = 128  # a head lies in one tile
 TOGETHER = 6  # linears of a launch: kernel.cuh's PARTS
 LONGEST = 2**16 * GROUP  # inputs whose groups a kernel counts in 16 bits
@@ -140,17 +139,15 @@ def _other_scales(sw: Tensor, up: Tensor) -> str:
     return f"the weight's scales are {short(sw.dtype)}, and it computes in {short(up.dtype)}"
 
 
-def _refuses_few(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, *args: Tensor | LinearSpec) -> str | None:
-    """Of the kernel for few rows, which reads everything in rows."""
+def _refuses_decoding(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, *args: Tensor | LinearSpec) -> str | None:
+    """Of linear_w4a16, which reads everything in rows."""
     spec, up = args[-1], args[2]
-    refused = _refuses_device(qx) or _refuses_dtype(up.dtype, qx.device, OLDEST)  # it uses no tensor cores
+    refused = _refuses_device(qx) or _refuses_dtype(up.dtype, qx.device, OLDEST)  # or without tensor cores
     if refused:
         return refused
     if spec.weight not in ("int4", "uint4") or spec.group % WARP or spec.k % WARP:
         return (f"it takes INT4 weights, and inputs and groups in multiples of {WARP}, not {spec.weight}, {spec.k} and "
                 f"{spec.group}")
-    if qx.shape[0] > FEW:
-        return f"it is for {FEW} rows at most, not {qx.shape[0]}"
     return None if sw.dtype == up.dtype else _other_scales(sw, up)
 
 
@@ -219,6 +216,11 @@ def norm_modulate_quantize(
 
 
 # -------------------------------------------------------------------------------------------------------------- linears
+def _whole_ranks(h: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    missing = -up.shape[1] % RANKS
+    return (F.pad(h, (0, missing)), F.pad(up, (0, missing))) if missing else (h, up)
+
+
 class _Linear:
     """The operands of a linear op, as kernels read them, and what else its ending takes: alive until the kernel is on
     its stream."""
@@ -226,8 +228,7 @@ class _Linear:
     def __init__(self, args: tuple) -> None:
         (qx, sx, qw, sw, _, h, up, bias), self.extra, self.spec = args[:8], args[8:-1], args[-1]
         expect(qx, _operands(qx, sx, qw, sw, h, up, bias, self.spec))
-        if ranks := -up.shape[1] % RANKS:
-            h, up = F.pad(h, (0, ranks)), F.pad(up, (0, ranks))
+        h, up = _whole_ranks(h, up)
         self.qx, self.sx, self.qw, self.sw, self.h, self.up = map(_aligned, (qx, sx, qw, sw, h, up))
         self.bias = _aligned(bias, torch.float32)
         self.m, self.n = qx.shape[0], qw.shape[0]
@@ -266,10 +267,11 @@ def linear_w4a16(qx, sx, qw, sw, aux, h, up, bias, spec):
     y = up.new_empty(qx.shape[0], qw.shape[0])
     if not y.numel():
         return y
+    h, up = _whole_ranks(h, up)
     x, qw, sw, h, up = map(_aligned, (qx, qw, sw, h, up))
     zeros, bias = _aligned(aux, up.dtype), _aligned(bias, torch.float32)
     kernels = native.module.cuda
-    kernels.linear_w4a16(kernels.FewRowsArguments(
+    kernels.linear_w4a16(kernels.DecodedArguments(
         *_where(x), TYPES[x.dtype], *y.shape, spec.k, up.shape[1], spec.group, x.data_ptr(), qw.data_ptr(),
         sw.data_ptr(), zeros.data_ptr() if spec.weight == "uint4" else 0, h.data_ptr(), up.data_ptr(), bias.data_ptr(),
         y.data_ptr()))
@@ -376,7 +378,7 @@ def _linear_backend(op: Op, ending: Ending, refuses: Callable[..., str | None]) 
 
 ops.quantize_act.backend("cuda", _refuses_quantize, (MMA,))(quantize_act)
 ops.norm_modulate_quantize.backend("cuda", _refuses_quantize, (MMA,))(norm_modulate_quantize)
-ops.linear_w4a16.backend("cuda", _refuses_few, (ROW,))(linear_w4a16)
+ops.linear_w4a16.backend("cuda", _refuses_decoding, (ROW,))(linear_w4a16)
 _linear_backend(ops.linear_w4a4, _stored, _refuses_linear)
 _linear_backend(ops.linear_w4a4_gate_residual, _gated, _refuses_linear)
 _linear_backend(ops.linear_w4a4_qkv_rope, _rotated, _refuses_heads)

@@ -1,53 +1,15 @@
-// linear_w4a16 for few rows, which is bound by reading the weight: y = x·wᵀ + h·upᵀ + bias, w = code·scale (+ zero)
-// rounded to the type of x, sums in fp32. Everything lies in rows, as files hold it.
+// linear_w4a16 for few rows, which is bound by reading the weight.
 //
 // A warp takes CHANNELS output channels and ROWS rows. Each lane has 32 neighbouring weights of every 1024, 16 bytes in
 // one piece, which share a scale; x comes from the cache. The lanes' sums are added in a fixed order.
 #pragma once
-#include "cuda/common/convert.cuh"
-#include "cuda/common/memory.cuh"
 #include "cuda/common/warp.cuh"
+#include "cuda/linear_w4a16/decode.cuh"
 
 namespace nunchaku_py::cuda {
 
-constexpr int FEW_WARPS = 4, CHANNELS = 2, OWN_WEIGHTS = 32;
+constexpr int FEW_WARPS = 4, CHANNELS = 2;
 constexpr int FEW_BLOCKS = 8;  // on a multiprocessor: enough reads under way
-
-template <class T>
-struct FewRows {
-  const T* x;               // (M, K)
-  const uint8_t* qw;        // (N, K/2)
-  const T *scales, *zeros;  // (N, ceil(K/group)); zeros: null if codes are signed
-  const float* h;           // (M, R)
-  const T* up;              // (N, R)
-  const float* bias;        // (N)
-  T* y;                     // (M, N)
-  int M, N, K, R, group;    // K and group multiples of 32
-};
-
-// How a channel's 32 weights are decoded.
-struct Grid {
-  float scale, zero;
-};
-
-// Eight weights, rounded to T: a code in the last bits of 2²³ is a float, from which 2²³ is taken off again.
-template <class T, bool SIGNED>
-DEVICE void decode_eight(float (&w)[8], uint32_t codes, Grid grid) {
-  constexpr float BASE = 8388608.f;
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    float two[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t code = codes >> (i + j) * 4 & 15;
-      const uint32_t bits = (SIGNED ? code ^ 8 : code) | 0x4B000000;
-      two[j] = fmaf(__builtin_bit_cast(float, bits) - (SIGNED ? BASE + 8 : BASE), grid.scale, grid.zero);
-    }
-    float rounded[2];
-    cvt_f32x2<T>(rounded, cvt_16bitx2<T>(two[0], two[1]));
-    w[i] = rounded[0], w[i + 1] = rounded[1];
-  }
-}
 
 template <class T>
 DEVICE void load_eight(float (&x)[8], const T* from) {
@@ -63,7 +25,7 @@ DEVICE void load_eight(float (&x)[8], const T* from) {
 
 // One more of the lane's stretches of 32 inputs.
 template <class T, int ROWS, bool SIGNED>
-DEVICE void add_stretch(float (&acc)[ROWS][CHANNELS], const FewRows<T>& p, const int (&rows)[ROWS],
+DEVICE void add_stretch(float (&acc)[ROWS][CHANNELS], const Decoded<T>& p, const int (&rows)[ROWS],
                         const int (&channels)[CHANNELS], int k) {
   uint4 codes[CHANNELS];
   Grid grids[CHANNELS];
@@ -94,7 +56,7 @@ DEVICE void add_stretch(float (&acc)[ROWS][CHANNELS], const FewRows<T>& p, const
 }
 
 template <class T, int ROWS>
-DEVICE void add_rank(float (&acc)[ROWS][CHANNELS], const FewRows<T>& p, const int (&rows)[ROWS],
+DEVICE void add_rank(float (&acc)[ROWS][CHANNELS], const Decoded<T>& p, const int (&rows)[ROWS],
                      const int (&channels)[CHANNELS], int r) {
 #pragma unroll
   for (int m = 0; m < ROWS; ++m) {
@@ -113,9 +75,9 @@ DEVICE float sum_of_lanes(float value) {
 
 // Rows and channels beyond the end are the last one again, and are not written.
 template <class T, int ROWS, bool SIGNED>
-__global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS) few_rows_kernel(FewRows<T> p) {
+__global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS) few_rows_kernel(Decoded<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int m0 = blockIdx.y * ROWS, n0 = (blockIdx.x * FEW_WARPS + warp) * CHANNELS;
+  const int m0 = blockIdx.x * ROWS, n0 = (blockIdx.y * FEW_WARPS + warp) * CHANNELS;
   int rows[ROWS], channels[CHANNELS];
 #pragma unroll
   for (int m = 0; m < ROWS; ++m) rows[m] = m0 + m < p.M ? m0 + m : p.M - 1;
