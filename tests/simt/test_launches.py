@@ -17,8 +17,8 @@ from tests.simt.test_linear_w4a4_endings import assert_near
 
 
 def endings(dtype: torch.dtype) -> Iterator[tuple[ops.Op, list[tuple], list[tuple]]]:
-    """Every op of linear_w4a4: it, and the arguments of three calls, packed and in rows."""
-    sizes = [(70, 384, 192, 16), (3, 768, 64, 0), (130, 384, 128, 32)]
+    """Every op of linear_w4a4: it, and the arguments of calls of different sizes, packed and in rows."""
+    sizes = [(70, 384, 192, 16), (3, 768, 64, 0), (130, 384, 128, 32), (1, 384, 320, 160), (40, 384, 64, 48)]
     angles, norms = (lambda m: torch.rand(m, 32, 2)), (1 + torch.rand(64), 1 + torch.rand(64))
     for suffix, more_of, options in (
             ("", lambda m, n: (), {}),
@@ -53,9 +53,10 @@ def assert_as_the_reference(op: ops.Op, got: object, args: tuple) -> None:
             assert_near(one, other)
 
 
-def test_calls_in_one_launch(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_calls_in_one_launch(device: str, dtype: torch.dtype) -> None:
     """Image and text of a block, of any sizes: the reference's results, and the same bits every time."""
-    for op, mma, rows in endings(torch.bfloat16):
+    for op, mma, rows in endings(dtype):
         there = [tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args) for args in mma]
         calls = [ops.Call(op, args) for args in there]
         first, again = (tree_map_only(Tensor, Tensor.cpu, ops.together(calls)) for _ in range(2))
@@ -73,9 +74,9 @@ def test_one_launch_for_what_can_share_it(monkeypatch: pytest.MonkeyPatch) -> No
     (op, mma, _), *_ = endings(torch.bfloat16)
     (_, half, _), *_ = endings(torch.float16)
     ys = ops.together([ops.Call(op, args) for args in (*mma, *half, *mma)])
-    assert launches == [6, 3]
-    assert [y.dtype for y in ys] == [torch.bfloat16] * 3 + [torch.float16] * 3 + [torch.bfloat16] * 3
-    assert torch.equal(ys[0], ys[6])
+    assert launches == [6, 4, 5]
+    assert [y.dtype for y in ys] == [torch.bfloat16] * 5 + [torch.float16] * 5 + [torch.bfloat16] * 5
+    assert torch.equal(ys[0], ys[10])
 
 
 @pytest.mark.usefixtures("as_turing")

@@ -33,8 +33,9 @@ def empty(*shape: int) -> Tensor:
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:
-    """As near as two roundings to bf16 and one of h leave it, for values of about 1."""
-    assert ((got.double() - want.double()).abs() <= EPS * want.double().abs() + EPS / 8).all()
+    """As near as two roundings to 16 bit and one of h leave it, for values of about 1."""
+    eps = torch.finfo(got.dtype).eps
+    assert ((got.double() - want.double()).abs() <= eps * want.double().abs() + eps / 8).all()
 
 
 def test_gate_residual(library, order: dict) -> None:
