@@ -6,7 +6,6 @@ GPU, and else at the first call.
 """
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .backends import cpu, cuda
 from .errors import NunchakuError
+from .input_key import InputKey, input_key
 from .module_tools import dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
 from .site import MODES, Mode, Residency, Site, SiteTensors, auto_mode, shift_correction
@@ -57,7 +57,7 @@ class QuantizedSite(nn.Module):
         self.requested_mode: str = "auto"
         self.row_dtype: torch.dtype | None = None  # of the rows that came last; None: since a move or cast, none has
         self.packed: Packing | None = None
-        self.input_key: tuple[str, str] | None = None
+        self.input_key: InputKey | None = None
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -183,14 +183,12 @@ class QuantizedSite(nn.Module):
     def _correction(self) -> Tensor:
         return shift_correction(self.qtensor(), self.smooth.data, self.site.shift)
 
-    def _input_key(self) -> tuple[str, str] | None:
+    def _input_key(self) -> InputKey | None:
         """What the quantized input depends on: sites with equal keys share it. Modulation sites quantize nothing."""
         if not self.site.has_smooth:
             return None
-        digest = hashlib.sha256()
-        for tensor in (self.smooth.data, *([self.down.data] if self.site.rank else [])):
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        return self.linear_spec.act.token, digest.hexdigest()
+        tensors = (self.smooth.data, *([self.down.data] if self.site.rank else []))
+        return input_key(self.linear_spec.act.token, tensors)
 
     def _derive(self, name: str, value: Tensor | None) -> None:
         """A non-persistent buffer where there is a tensor, else a plain None: offload hooks trip over empty buffers."""

@@ -86,6 +86,7 @@ def _runs(chosen: dict[str, tuple[nn.Module, str | Recipe]], rank: int | None, r
 
 
 def _prepare(model: nn.Module, recipe: Recipe, rank: int | None, rules: Mapping[str, str], mode: str, seed: int) -> Run:
+    recipe.expect_rank(rank)
     planned = plan(model, recipe.kind, rules)
     if not planned.units:
         reason = next(iter(planned.kept.values()))

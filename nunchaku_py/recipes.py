@@ -39,6 +39,12 @@ class Recipe:
                 found = ", ".join(f"{step.__name__} ({step.stage})" for step in steps)
                 raise NunchakuError(f"recipe {self.name}: steps must be in the order of their stages, got {found}")
 
+    def expect_rank(self, rank: int | None) -> None:
+        """Only a step of the stage "factor" makes a branch."""
+        factors = all(any(step.stage == "factor" for step in steps) for steps in (self.steps, self.steps_data_free))
+        if rank and not factors:
+            raise NunchakuError(f"rank: recipe {self.name} makes no low-rank branch, expected 0, got {rank}")
+
     @property
     def needs_gram(self) -> bool:
         """Whether calibration must collect E[xxᵀ]."""

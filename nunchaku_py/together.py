@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion, class_path, is_hooked, own_forward, why_not_installed
+from .input_key import InputKey
 from .linear import QuantizedInput, QuantLinear, wants_gradient
 from .precision import as_autocast
 
@@ -21,7 +22,7 @@ class Seen(NamedTuple):
     """A tensor, the input_key of the site that read it, what it became, and its version then."""
 
     tensor: Tensor
-    key: tuple[str, str]
+    key: InputKey
     quantized: QuantizedInput
     version: int
 
@@ -71,7 +72,7 @@ class _Sharing:
     def _quantized(self, x: Tensor, cast: Tensor) -> QuantizedInput:
         key = self._linear.input_key
         for tensor, other, quantized, version in self._seen:
-            if tensor is x and other == key and version == _version(x):
+            if tensor is x and other is key and version == _version(x):
                 return quantized
         quantized = self._linear.quantize_input(cast.reshape(-1, x.shape[-1]))
         # The last is enough: projections of one input are called in a row.
@@ -81,17 +82,17 @@ class _Sharing:
 
 def shared_input(linears: Sequence[nn.Module]) -> bool:
     """Whether one quantized input serves all, and nothing hooked onto or wrapped around one wants to see its call."""
-    return all(map(_can_share, linears)) and len(_keys(linears)) == 1
+    return all(map(_can_share, linears)) and all(_alike(linears[0], other) for other in linears[1:])
 
 
 def _can_share(linear: nn.Module) -> bool:
     return type(linear) is QuantLinear and linear.site.has_smooth and not is_hooked(linear)
 
 
-def _keys(linears: Sequence[QuantLinear]) -> set[tuple[str, str]]:
-    for linear in linears:
-        linear.ensure_packed()
-    return {linear.input_key for linear in linears}
+def _alike(one: QuantLinear, other: QuantLinear) -> bool:
+    one.ensure_packed()
+    other.ensure_packed()
+    return one.input_key is other.input_key
 
 
 def concerns(module: nn.Module) -> bool:
@@ -113,7 +114,7 @@ def refuses(module: nn.Module) -> str | None:
     if processor is not None and not class_path(processor).startswith("diffusers."):
         return why_not_installed(module) or f"its attention processor {class_path(processor)} is not diffusers' own"
     linears = [child for child in module.children() if _can_share(child)]
-    alike = len(_keys(linears)) < len(linears)
+    alike = any(_alike(one, other) for i, one in enumerate(linears) for other in linears[:i])
     return why_not_installed(module) or (None if alike else "no two linears without hooks read their input alike")
 
 

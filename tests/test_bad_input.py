@@ -54,6 +54,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown mode": (dict(mode="a5"), ("a5", "a16")),
     "rank above the matrix": (dict(rank=129), ("129", "128")),
     "negative rank": (dict(rank=-1), ("rank",)),
+    "rank of a recipe without a branch": (dict(recipe="rtn-int4", rank=16), ("rank", "rtn-int4", "16")),
     "components of a model": (dict(components=["transformer"]), ("components",)),
     "no data": (dict(data=[]), ("calibration",)),
     "data that does nothing": (dict(data=lambda model: None), ("calibration",)),

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import nunchaku_py as nq
 from nunchaku_py import ops
@@ -15,6 +17,7 @@ from nunchaku_py.together import View, concerns, refuses, shared_input
 from tests.checks import run
 from tests.fused import unfused
 from tests.tiny import MODELS
+from tests.tiny_models import flux_config, randomise
 
 # Quantizations of inputs that sharing saves in a tiny model: two for q, k, v of a stream, one for k, v or a gated pair.
 SAVED = {
@@ -204,3 +207,18 @@ def test_classes_that_cannot_run_on_a_view_are_not_concerned(attention: nn.Modul
     assert not concerns(attention)
     Inherits.forward = Attention.forward
     assert concerns(attention)
+
+
+@torch.no_grad()
+def test_blocks_share_a_graph() -> None:
+    """Of a model compiled block by block, more blocks than a compiler makes graphs of one code for. Each has its own
+    smooth and down."""
+    model = randomise(FluxTransformer2DModel(**flux_config(num_single_layers=10)))
+    _, inputs = MODELS["flux"]()
+    nq.quantize(model, "svdquant-int4", rank=4, progress=False)
+    want = model(**inputs)[0]
+    counted = CompileCounter()
+    model.compile_repeated_blocks(fullgraph=True, backend=counted)
+    assert torch.equal(model(**inputs)[0], want)
+    assert counted.frame_count <= 4
+    torch._dynamo.reset()
