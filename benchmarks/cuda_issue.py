@@ -31,7 +31,7 @@ class Machine:
     dtype: str = "bf16"
 
 
-MACHINES = {  # INT4 peaks: RTX 2080 Ti 455, A100 1248, RTX 3090 568, RTX 4090 1321 TOPS
+MACHINES = {  # INT4 peaks: RTX 2080 Ti 430, A100 1248, RTX 3090 568, RTX 4090 1321 TOPS
     "75": Machine(16, 2, 4, "f16"), "80": Machine(8, 2), "86": Machine(16, 1), "89": Machine(16, 1),
 }
 

@@ -71,8 +71,8 @@ inline NextArguments next_arguments(int activation, bool gate_first, bool is_uns
 }
 
 inline DecodedArguments decoded_arguments(int device, Address stream, int type, int m, int n, int k, int r, int group,
-                                           Address x, Address qw, Address scales, Address zeros, Address h, Address up,
-                                           Address bias, Address y) {
+                                          Address x, Address qw, Address scales, Address zeros, Address h, Address up,
+                                          Address bias, Address y) {
   DecodedArguments a;
   a.where = where(device, stream), a.type = Type(type), a.m = m, a.n = n, a.k = k, a.r = r, a.group = group;
   a.x = at<void>(x), a.qw = at<std::uint8_t>(qw), a.scales = at<void>(scales), a.zeros = at<void>(zeros);

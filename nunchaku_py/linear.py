@@ -100,7 +100,8 @@ class QuantizedSite(nn.Module):
             return auto_mode(self.site, self.codes.device)
         return self.requested_mode
 
-    def set_mode(self, mode: str, now: bool = True) -> None:  # not now: packing is left to the first call or move
+    def set_mode(self, mode: str, now: bool = True) -> None:
+        """Choose the activation mode; now=False leaves packing to the first call or move."""
         if mode != "auto" and mode not in MODES:
             raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
         if mode != self.requested_mode:
@@ -109,7 +110,8 @@ class QuantizedSite(nn.Module):
         if now and self.has_data():
             self.pack()
 
-    def has_data(self) -> bool:  # not on the meta device, where offloading leaves the tensors between calls
+    def has_data(self) -> bool:
+        """False on the meta device, where offloading leaves the tensors between calls."""
         return not any(p.is_meta for p in self._parameters.values() if p is not None)
 
     @torch.no_grad()

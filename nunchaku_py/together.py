@@ -80,18 +80,19 @@ class _Sharing:
         return quantized
 
 
-def shared_input(linears: Sequence[nn.Module]) -> bool:
-    """Whether one quantized input serves all, and nothing hooked onto or wrapped around one wants to see its call."""
-    return all(map(_can_share, linears)) and all(_alike(linears[0], other) for other in linears[1:])
+def shared_input(linears: Sequence[nn.Module], dtype: torch.dtype | None = None) -> bool:
+    """Whether one quantized input serves all, in rows of this dtype or of the last one, and nothing hooked onto or
+    wrapped around one wants to see its call."""
+    return all(map(_can_share, linears)) and all(_alike(linears[0], other, dtype) for other in linears[1:])
 
 
 def _can_share(linear: nn.Module) -> bool:
     return type(linear) is QuantLinear and linear.site.has_smooth and not is_hooked(linear)
 
 
-def _alike(one: QuantLinear, other: QuantLinear) -> bool:
-    one.ensure_packed()
-    other.ensure_packed()
+def _alike(one: QuantLinear, other: QuantLinear, dtype: torch.dtype | None = None) -> bool:
+    one.ensure_packed(dtype)
+    other.ensure_packed(dtype)
     return one.input_key is other.input_key
 
 

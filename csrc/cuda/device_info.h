@@ -16,7 +16,8 @@ struct Device {
 // Why the driver of this machine runs nothing that was built here, or "". Asks the driver for its version only.
 std::string why_not_this_driver();
 
-// Looks for GPUs and runs a one-thread kernel on each. Throws std::runtime_error with the driver's words if there are none.
+// Looks for GPUs and runs a one-thread kernel on each. Throws std::runtime_error with the driver's words if there are
+// none.
 std::vector<Device> devices();
 
 }  // namespace nunchaku_py::cuda

@@ -112,7 +112,7 @@ def _refuses_act(spec: ActSpec, k: int) -> str | None:
         return f"its activations are INT4 in groups of {GROUP}, not {spec.format} in groups of {spec.group}"
     if k >= LONGEST:
         return f"it takes fewer than {LONGEST} inputs, not {k}"
-    return f"it takes inputs in whole groups of {GROUP}, not {k}" if k % GROUP else None
+    return None if k and k % GROUP == 0 else f"it takes inputs in whole groups of {GROUP}, not {k}"
 
 
 def _refuses_weight(spec: LinearSpec, n: int) -> str | None:
@@ -355,7 +355,7 @@ def _launches(calls: Sequence[tuple]) -> list[list[int]]:
 def _launch(name: str, calls: list[tuple], ending: Ending) -> list[object]:
     linears = [_Linear(args) for args in calls]
     ended = ending(linears)
-    if any(linear.m for linear in linears):
+    if any(linear.m and linear.n for linear in linears):
         getattr(native.module.cuda, name)(
             [(linear.arguments(), to) for linear, (to, _) in zip(linears, ended, strict=True)])
     return [result() for _, result in ended]

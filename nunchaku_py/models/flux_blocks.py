@@ -52,8 +52,8 @@ def _attention_refuses(attention: nn.Module) -> str | None:
     return hooked((("attn", attention),)) or why_not_installed(attention)
 
 
-def _projections_refuse(*linears: nn.Module) -> str | None:
-    if not shared_input(linears):
+def _projections_refuse(dtype: torch.dtype | None, *linears: nn.Module) -> str | None:
+    if not shared_input(linears, dtype):
         return "q, k, v and what else reads their input are not all quantized linears that quantize it alike"
     return no_modulation(linears[0])
 
@@ -91,12 +91,13 @@ def _call_refused(block: nn.Module, *inputs: Tensor) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------- double-stream block
-def double_refuses(block: nn.Module) -> str | None:
+def double_refuses(block: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """Why this block runs module by module, or None; for rows of this dtype, if they are known."""
     attention = block.attn
     return (why_not_installed(block) or _modulation_refuses("norm1", block.norm1)
             or _modulation_refuses("norm1_context", block.norm1_context) or _attention_refuses(attention)
-            or _projections_refuse(*(getattr(attention, name) for name in IMAGE))
-            or _projections_refuse(*(getattr(attention, name) for name in TEXT))
+            or _projections_refuse(dtype, *(getattr(attention, name) for name in IMAGE))
+            or _projections_refuse(dtype, *(getattr(attention, name) for name in TEXT))
             or _output_refuses("attn.to_out.0", attention.to_out[0], GATE_RESIDUAL)
             or _output_refuses("attn.to_add_out", attention.to_add_out, GATE_RESIDUAL)
             or _idle("attn.to_out.1", attention.to_out[1])
@@ -113,7 +114,7 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
                    image_rotary_emb: Any = None, joint_attention_kwargs: dict[str, Any] | None = None
                    ) -> tuple[Tensor, Tensor]:
     image, text, attention = hidden_states, encoder_hidden_states, block.attn
-    if joint_attention_kwargs or double_refuses(block) or _call_refused(block, image, text, temb):
+    if joint_attention_kwargs or double_refuses(block, image.dtype) or _call_refused(block, image, text, temb):
         return own_forward(block)(block, image, text, temb, image_rotary_emb, joint_attention_kwargs)
     shift, scale, gate, *image_mlp = _modulation(block.norm1, temb, 6)
     text_shift, text_scale, text_gate, *text_mlp = _modulation(block.norm1_context, temb, 6)
@@ -121,8 +122,9 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
         IMAGE: (image, modulated(image, block.norm1.norm, scale, shift, attention.to_q)),
         TEXT: (text, modulated(text, block.norm1_context.norm, text_scale, text_shift, attention.add_q_proj))})
     view = View(attention, **projections, to_out=(_unchanged, _unchanged), to_add_out=_unchanged)
-    seen = own_forward(attention)(view, image, text, None, image_rotary_emb)
-    image, text = _gated((attention.to_out[0], attention.to_add_out), seen, (gate, text_gate), (image, text))
+    image, text = _gated((attention.to_out[0], attention.to_add_out),
+                         own_forward(attention)(view, image, text, None, image_rotary_emb),
+                         (gate, text_gate), (image, text))
     image, text = _feed_forwards((block.ff, block.ff_context), (image, text), (
         modulated(image, block.norm2, image_mlp[1], image_mlp[0], _first(block.ff)),
         modulated(text, block.norm2_context, text_mlp[1], text_mlp[0], _first(block.ff_context))),
@@ -144,13 +146,15 @@ def _projected(attention: nn.Module, dtype: torch.dtype, of: dict[tuple[str, ...
 
 
 class _Given:
-    """A projection whose output is there already; the processor hands its input on unread."""
+    """A projection whose output is there already; the processor hands its input on unread, and has the output from
+    then on: it would take memory to the end of the block."""
 
     def __init__(self, output: Tensor) -> None:
-        self.output = output
+        self.output: Tensor | None = output
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.output
+        output, self.output = self.output, None
+        return output
 
 
 def _gated(linears: Sequence[QuantLinear], inputs: Sequence[Tensor], gates: Sequence[Tensor],
@@ -188,10 +192,11 @@ def _in_range(x: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- single-stream block
-def single_refuses(block: nn.Module) -> str | None:
+def single_refuses(block: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """As double_refuses."""
     attention = block.attn
     return (why_not_installed(block) or _modulation_refuses("norm", block.norm) or _attention_refuses(attention)
-            or _projections_refuse(*(getattr(attention, name) for name in IMAGE), block.proj_mlp)
+            or _projections_refuse(dtype, *(getattr(attention, name) for name in IMAGE), block.proj_mlp)
             or _split_refuses(block.proj_out, block.proj_mlp)
             or _gelu_refuses(block.act_mlp) or no_ending(block.proj_mlp, GELU, block.proj_out.parts[1]))
 
@@ -213,7 +218,7 @@ def _gelu_refuses(activation: nn.Module) -> str | None:
 def single_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
                    image_rotary_emb: Any = None, joint_attention_kwargs: dict[str, Any] | None = None
                    ) -> tuple[Tensor, Tensor]:
-    if joint_attention_kwargs or single_refuses(block) or _call_refused(
+    if joint_attention_kwargs or single_refuses(block, hidden_states.dtype) or _call_refused(
             block, hidden_states, encoder_hidden_states, temb):
         return own_forward(block)(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
                                   joint_attention_kwargs)

@@ -88,7 +88,7 @@ class Op:
     def together(self, calls: Sequence[tuple]) -> list:
         """The results of calls of which none needs another's, given their arguments: by as few launches as the backend
         knows how. A compiler sees single calls."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not calls:
             return [self(*args) for args in calls]
         names = [self._choose(args) for args in calls]
         run = self.backends[names[0]].together if len(set(names)) == 1 else None

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch import Tensor, nn
 
 import nunchaku_py as nq
-from nunchaku_py import ops
+from nunchaku_py import feed_forward, ops
+from nunchaku_py.models import flux_blocks
 from nunchaku_py.models.flux_blocks import double_refuses, single_refuses
 from tests.checks import cast, relative, run, same_bits
 from tests.fused import MODES, RECIPES, SIXTEEN_BIT, counted, endings, unfused, wide
@@ -238,3 +240,18 @@ def test_controlnet_residuals() -> None:
         residuals = dict(controlnet_block_samples=double, controlnet_single_block_samples=single)
         answers.append(run(base, inputs | residuals))
     assert relative(*answers) < 0.05 and relative(answers[0], run(model, inputs)) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["transformer_blocks", "single_transformer_blocks"])
+def test_outputs_of_projections_do_not_outlive_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = MODELS["flux"]()
+    nq.quantize(model, "rtn-int4", progress=False)
+    made, alive = [], []
+    keep = flux_blocks._Given.__init__
+    monkeypatch.setattr(flux_blocks._Given, "__init__", lambda self, y: (made.append(weakref.ref(y)), keep(self, y))[1])
+    between = feed_forward.between if kind == "transformer_blocks" else flux_blocks.between
+    where = feed_forward if kind == "transformer_blocks" else flux_blocks
+    monkeypatch.setattr(where, "between", lambda *args: (alive.extend(one() is not None for one in made),
+                                                         between(*args))[1])
+    call(getattr(model, kind)[0], *arguments())
+    assert alive and not any(alive)

@@ -15,6 +15,7 @@ from nunchaku_py.linear import QuantizedSite, QuantLinear
 from nunchaku_py.ops import backend
 from nunchaku_py.site import Site
 from nunchaku_py.tensor import QTensor
+from tests.models.test_flux_blocks import arguments, call
 from tests.tiny_models import MODELS
 
 
@@ -92,6 +93,21 @@ def test_a_reader_that_is_packed_otherwise_takes_no_ending() -> None:
     first, alike, other = linear(128, 64), linear(64, 128), linear(24, 128)  # 24 channels are none of the kernels'
     assert no_ending(first, GELU, alike) is None
     assert no_ending(first, GELU, other) == "it is packed as 'mma', and the linear that reads its output as 'row'"
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_a_block_called_in_another_type_looks_at_what_that_packs() -> None:
+    """A projection whose scales float16 does not hold: the block steps aside at the first such call too."""
+    model, _ = MODELS["flux"]()
+    nq.quantize(model, "svdquant-int4", rank=16, mode="a4", progress=False)
+    block, inputs = model.transformer_blocks[0], arguments()
+    block.attn.to_k.scales.data[0, 0] = 2.0**-30
+    for site in block.modules():
+        if isinstance(site, QuantizedSite):
+            site._unpack()
+    call(block, *inputs)
+    half = tuple(tensor.half() for tensor in inputs)
+    assert torch.equal(call(block, *half), call(block, *half))
 
 
 @pytest.mark.usefixtures("as_gpu")

@@ -1,5 +1,5 @@
-// Numbers of thread and block, and values from other lanes, all 32 lanes taking part. __syncwarp, and shuffles of fewer lanes or
-// within segments (__shfl_xor_sync …), are CUDA's own; tests/simt has them by the same names.
+// Numbers of thread and block, and values from other lanes, all 32 lanes taking part. __syncwarp, and shuffles of fewer
+// lanes or within segments (__shfl_xor_sync …), are CUDA's own; tests/simt has them by the same names.
 #pragma once
 #include "cuda/common/platform.cuh"
 

@@ -8,6 +8,7 @@ namespace nunchaku_py::cuda {
 constexpr int SUM_THREADS = 128;
 
 // How the columns of tiles are shared among the blocks of a row of tiles: each goes over so many of them, but the last.
+// It depends on all problems of the launch, and with it in how many parts h is summed.
 template <class Z>
 int tiles_of_blocks(std::span<const Problem> problems, int tile_rows, int multiprocessors) {
   int rows = 0, columns = 0;
@@ -39,16 +40,10 @@ NextAct<T> next_of(const LinearArguments& a, const NextArguments& to, int width)
           to.r,     to.is_unsigned};
 }
 
-template <template <class> class Z>
-void sum_parts(const Calls<NextArguments>& calls) {
-  const Where& where = calls.front().first.where;
-  const std::vector<int> parts = parts_of<Z>(where.device, problems_of(calls));
-  for (size_t i = 0; i < calls.size(); ++i) {
-    const auto& [a, to] = calls[i];
-    if (const int size = a.m * to.r)
-      launch(sum_hidden_kernel<SUM_THREADS>, dim3{unsigned(pieces(size, SUM_THREADS))}, SUM_THREADS, 0,
-             static_cast<stream_t>(where.stream), to.parts, parts[i], to.h, size);
-  }
+inline void sum_parts(const LinearArguments& a, const NextArguments& to, int parts) {
+  if (const int size = a.m * to.r)
+    launch(sum_hidden_kernel<SUM_THREADS>, dim3{unsigned(pieces(size, SUM_THREADS))}, SUM_THREADS, 0,
+           static_cast<stream_t>(a.where.stream), to.parts, parts, to.h, size);
 }
 
 template <template <class> class Z, class T>
@@ -56,16 +51,17 @@ void launch_next(const Calls<NextArguments>& calls) {
   const auto problems = problems_of(calls);
   const Gpu here = gpu(common(calls).where.device);
   with_tile(choose(problems, here), [&]<class Tile>(Tile) {
-    const int tiles = tiles_of_blocks<Z<Tile>>(problems, Tile::BM, here.multiprocessors);
+    using Made = Z<Tile>;
+    const int tiles = tiles_of_blocks<Made>(problems, Tile::BM, here.multiprocessors);
     launch_group<Tile>(
-        linear_w4a4_next_kernel<Tile, T, Z<Tile>>, calls, sizeof(Hidden<Tile, T>),
+        linear_w4a4_next_kernel<Tile, T, Made>, calls, sizeof(Hidden<Tile, T>),
         [&](const LinearArguments& a, const NextArguments& to) {
-          return Quantized<T, Z<Tile>>{next_of<T>(a, to, Z<Tile>::width_of(a.n)), {to.activation, to.gate_first}, tiles};
+          return Quantized<T, Made>{next_of<T>(a, to, Made::width_of(a.n)), {to.activation, to.gate_first}, tiles};
         },
-        [&](const LinearArguments& a) { return blocks_of<Z<Tile>>(a.n, tiles); },
-        [](const LinearArguments& a) { return Z<Tile>::jump_of(a.n); });
+        [&](const LinearArguments& a) { return blocks_of<Made>(a.n, tiles); },
+        [](const LinearArguments& a) { return Made::jump_of(a.n); });
+    for (const auto& [a, to] : calls) sum_parts(a, to, blocks_of<Made>(a.n, tiles));
   });
-  sum_parts<Z>(calls);
 }
 
 }  // namespace nunchaku_py::cuda

@@ -2,7 +2,7 @@
 // next linear's h = z·next_downᵀ. The 16-bit z never reaches memory.
 //
 // A block goes over neighbouring tiles of the same rows and adds up its part of h; the blocks' parts are summed in
-// their order by a kernel of its own (sum_hidden). No atomics: the same bits every time.
+// their order by a kernel of its own (sum_hidden). No atomics: a launch gives the same bits every time.
 #pragma once
 #include "cuda/arguments.h"
 #include "cuda/linear_w4a4/kernel.cuh"
@@ -177,7 +177,8 @@ DEVICE void finish_next(Sums<Tile>& acc, unsigned char* shared, const Part<T, Qu
 
 // Block (x, y) takes the rows of its turn, and every one of `tiles` neighbouring tiles from y·tiles on.
 template <class Tile, class T, class Z>
-__global__ void __launch_bounds__(Tile::THREADS, BLOCKS<Tile>) linear_w4a4_next_kernel(Group<T, Quantized<T, Z>> group) {
+__global__ void __launch_bounds__(Tile::THREADS, BLOCKS<Tile>)
+    linear_w4a4_next_kernel(Group<T, Quantized<T, Z>> group) {
   if constexpr (BUILT<Tile, T>) {
     SHARED_DYNAMIC(shared);
     for (int i = 0;; ++i) {
