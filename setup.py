@@ -5,7 +5,8 @@ NUNCHAKU_PY_CUDA          auto  (default) with an nvcc of this machine; without 
                                 the CPU part only
                           0     the CPU part only
                           1     the CUDA part, with nvcc from PyPI if need be, or an error
-NUNCHAKU_PY_CUDA_TARGETS  compute capabilities to build for, "80;89" (default: all of CUDA_TARGETS)
+NUNCHAKU_PY_CUDA_TARGETS  compute capabilities to build for, "80;89", or native: the GPUs of this machine
+                          (default: all of CUDA_TARGETS)
 CUDA_HOME                 the CUDA toolkit to use, before the one in PATH
 MAX_JOBS                  how many compilers run at once (default: one per CPU, within 8 GB of memory)
 
@@ -60,12 +61,24 @@ def cuda_targets(nvcc: str) -> tuple[str, ...]:
     """The targets to build for. What was asked for by name must be possible; of the default list, what nvcc knows."""
     known = set(re.findall(r"sm_(\d+)", run([nvcc, "--list-gpu-code"])))
     asked = tuple(filter(None, re.split(r"[;, ]+", os.environ.get("NUNCHAKU_PY_CUDA_TARGETS", ""))))
+    asked = native_targets() if asked == ("native",) else asked
     unknown = [target for target in asked or CUDA_TARGETS if target.rstrip("af") not in known]
     if asked and unknown:
         raise CudaBuildError(f"NUNCHAKU_PY_CUDA_TARGETS: {nvcc} cannot compile for {', '.join(unknown)}")
     if unknown:
         say(f"{nvcc} is too old or too new for {', '.join(unknown)}: left out")
     return asked or tuple(target for target in CUDA_TARGETS if target not in unknown)
+
+
+def native_targets() -> tuple[str, ...]:
+    """Those of this machine's GPUs: exactly them where there is more to a GPU than to its generation, from 9.0 on."""
+    if not shutil.which("nvidia-smi"):
+        raise CudaBuildError("NUNCHAKU_PY_CUDA_TARGETS=native: there is no nvidia-smi to ask for this machine's GPUs")
+    listed = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    capabilities = sorted({(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", listed, re.M)})
+    if not capabilities:
+        raise CudaBuildError(f"NUNCHAKU_PY_CUDA_TARGETS=native: nvidia-smi lists no GPU, but says: {listed}")
+    return tuple(f"{major}{minor}{'a' if major >= 9 else ''}" for major, minor in capabilities)
 
 
 def find_nvcc() -> str | None:
@@ -226,8 +239,11 @@ def native_build() -> dict:
                 if cuda_switch() == "1":
                     raise SystemExit(f"nunchaku-py: NUNCHAKU_PY_CUDA=1, but {error}") from None
                 status, targets = f"not built: {error}", ()
-            (folder / "build_info.h").write_text(build_info(status, targets))
+            info, text = folder / "build_info.h", build_info(status, targets)
+            if not info.exists() or info.read_text() != text:
+                info.write_text(text)
             ext.include_dirs.append(str(folder))
+            ext.depends += [str(info), *ext.extra_objects]  # else other switches would leave the module as it is
             say(f"CUDA part {status}" + (f", for targets {', '.join(targets)}" if targets else "; CPU part only"))
             try:
                 super().build_extension(ext)

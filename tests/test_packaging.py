@@ -203,6 +203,36 @@ def test_targets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         builder.cuda_targets(nvcc)
 
 
+def nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, says: str) -> None:
+    """First in PATH, a program of this name that says this."""
+    if os.name == "nt":
+        pytest.skip("it is a shell script")
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{says}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    ("listed", "targets"), [("8.9\n8.9", ("89",)), ("12.0\n8.6", ("86", "120a")), ("9.0", ("90a",))]
+)
+def test_native_targets_are_those_of_this_machines_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: str, targets: tuple[str, ...]
+) -> None:
+    nvidia_smi(monkeypatch, tmp_path, listed)
+    assert builder.native_targets() == targets
+
+
+def test_native_targets_without_a_gpu_are_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvidia_smi(monkeypatch, tmp_path, "No devices were found")
+    with pytest.raises(builder.CudaBuildError, match="lists no GPU, but says: No devices were found"):
+        builder.native_targets()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(builder.CudaBuildError, match="there is no nvidia-smi to ask"):
+        builder.native_targets()
+
+
 @pytest.mark.parametrize(
     ("switch", "nvcc", "driver", "fetched"),
     [

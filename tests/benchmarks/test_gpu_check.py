@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks/gpu_check.sh"
 GPU = """case "$*" in
   *"-m benchmarks.gpu") echo "NVIDIA Fake (8.9), driver 1" ;;
-  -c*) echo 89 ;;
   *"$FAILS"*) echo "python $*"; exit 3 ;;
   *) echo "python $* on $NUNCHAKU_PY_CUDA_TARGETS" ;;
 esac"""
@@ -57,7 +56,7 @@ def test_all_steps_in_order_for_the_gpu_found(tmp_path: Path) -> None:
     answer = Answer(tmp_path, (), sanitizer=SANITIZER)
     assert answer.status == 0 and answer.log.startswith("NVIDIA Fake (8.9), driver 1\n")
     assert answer.begun == ["build", "info", "tests", "ops", "pipeline", "memcheck", "racecheck"]
-    assert "setup.py -q build_ext --inplace on 89" in answer.log and f"--out {tmp_path / 'out/ops.csv'}" in answer.log
+    assert "setup.py -q build_ext --inplace on native" in answer.log and f"--out {tmp_path / 'out/ops.csv'}" in answer.log
     for tool in ("memcheck", "racecheck"):
         assert f"sanitizer --tool {tool} --error-exitcode 1 --target-processes all" in answer.log
     assert answer.log.count("caching off: 1") == 2
