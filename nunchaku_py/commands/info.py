@@ -20,7 +20,7 @@ SWITCHES = {
     "NUNCHAKU_PY_CPU_ISA": "run: instruction set of the CPU kernels (amx, avx512_bf16, avx512, avx_vnni, avx2, …)",
     "NUNCHAKU_PY_FUSION": "run: 0 lets the linears of a model run one by one",
     "NUNCHAKU_PY_CUDA": "build: auto, 0 (CPU part only) or 1 (CUDA part or an error)",
-    "NUNCHAKU_PY_CUDA_TARGETS": 'build: compute capabilities, such as "80;89"',
+    "NUNCHAKU_PY_CUDA_TARGETS": 'build: compute capabilities, such as "80;89", or native',
 }
 
 
