@@ -83,17 +83,20 @@ class _Sharing:
 def shared_input(linears: Sequence[nn.Module], dtype: torch.dtype | None = None) -> bool:
     """Whether one quantized input serves all, in rows of this dtype or of the last one, and nothing hooked onto or
     wrapped around one wants to see its call."""
-    return all(map(_can_share, linears)) and all(_alike(linears[0], other, dtype) for other in linears[1:])
+    if not all(map(_can_share, linears)):
+        return False
+    first, *others = _keys(linears, dtype)
+    return all(key is first for key in others)
 
 
 def _can_share(linear: nn.Module) -> bool:
     return type(linear) is QuantLinear and linear.site.has_smooth and not is_hooked(linear)
 
 
-def _alike(one: QuantLinear, other: QuantLinear, dtype: torch.dtype | None = None) -> bool:
-    one.ensure_packed(dtype)
-    other.ensure_packed(dtype)
-    return one.input_key is other.input_key
+def _keys(linears: Sequence[QuantLinear], dtype: torch.dtype | None = None) -> list[InputKey | None]:
+    for linear in linears:
+        linear.ensure_packed(dtype)
+    return [linear.input_key for linear in linears]
 
 
 def concerns(module: nn.Module) -> bool:
@@ -115,7 +118,8 @@ def refuses(module: nn.Module) -> str | None:
     if processor is not None and not class_path(processor).startswith("diffusers."):
         return why_not_installed(module) or f"its attention processor {class_path(processor)} is not diffusers' own"
     linears = [child for child in module.children() if _can_share(child)]
-    alike = any(_alike(one, other) for i, one in enumerate(linears) for other in linears[:i])
+    keys = _keys(linears)
+    alike = any(key is other for i, key in enumerate(keys) for other in keys[:i])
     return why_not_installed(module) or (None if alike else "no two linears without hooks read their input alike")
 
 

@@ -116,8 +116,9 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
     image, text, attention = hidden_states, encoder_hidden_states, block.attn
     if joint_attention_kwargs or double_refuses(block, image.dtype) or _call_refused(block, image, text, temb):
         return own_forward(block)(block, image, text, temb, image_rotary_emb, joint_attention_kwargs)
-    shift, scale, gate, *image_mlp = _modulation(block.norm1, temb, 6)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(block.norm1, temb, 6)
     text_shift, text_scale, text_gate, *text_mlp = _modulation(block.norm1_context, temb, 6)
+    text_mlp_shift, text_mlp_scale, text_mlp_gate = text_mlp
     projections = _projected(attention, image.dtype, {
         IMAGE: (image, modulated(image, block.norm1.norm, scale, shift, attention.to_q)),
         TEXT: (text, modulated(text, block.norm1_context.norm, text_scale, text_shift, attention.add_q_proj))})
@@ -126,9 +127,9 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
                          own_forward(attention)(view, image, text, None, image_rotary_emb),
                          (gate, text_gate), (image, text))
     image, text = _feed_forwards((block.ff, block.ff_context), (image, text), (
-        modulated(image, block.norm2, image_mlp[1], image_mlp[0], _first(block.ff)),
-        modulated(text, block.norm2_context, text_mlp[1], text_mlp[0], _first(block.ff_context))),
-        (image_mlp[2], text_mlp[2]))
+        modulated(image, block.norm2, mlp_scale, mlp_shift, _first(block.ff)),
+        modulated(text, block.norm2_context, text_mlp_scale, text_mlp_shift, _first(block.ff_context))),
+        (mlp_gate, text_mlp_gate))
     return _in_range(text), image
 
 
