@@ -12,7 +12,7 @@ from torch import nn
 from . import ops
 from .errors import NunchakuError
 from .fusion import modules_of
-from .linear import LINEAR_OPS, QuantizedSite
+from .linear import QuantizedSite
 from .models.pattern import pattern_of
 from .swap import quantized_models, quantized_sites
 
@@ -55,6 +55,7 @@ class Explanations(list[Explanation]):
         return "\n".join(map(str, [*self, *self.patterns]))
 
 
+@torch.no_grad()
 def explain(target: object, rows: int = 64) -> Explanations:
     """What each distinct call of a model's (or pipeline's) quantized linears runs on, for inputs of so many rows."""
     kinds: dict[tuple[str, int, int, str], list[QuantizedSite]] = {}
@@ -84,12 +85,11 @@ def _explain_patterns(models: Iterable[nn.Module]) -> list[PatternUse]:
 def _explain_site(site: QuantizedSite, count: int, rows: int) -> list[Explanation]:
     x = torch.zeros(rows, site.rows_in, dtype=site.compute_dtype, device=site.codes.device)
     quantized = site.quantize_input(x)
-    qw, sw, aux, up, bias = site.operands(x.dtype)
     spec = site.linear_spec
     shape = f"{rows}x{site.rows_in} -> {site.rows_out}, {spec.act.format} x {spec.weight}"
-    calls = [(LINEAR_OPS[spec.act.format], (*quantized[:2], qw, sw, aux, quantized.h, up, bias, spec))]
+    calls = [site.product(quantized, x.dtype)]
     if site.site.has_smooth:
-        calls.insert(0, (ops.quantize_act, (x, site.inv_smooth, site.branch(x.dtype)[0], spec.act)))
+        calls.insert(0, ops.Call(ops.quantize_act, (x, site.inv_smooth, site.branch(x.dtype)[0], spec.act)))
     found = [_explain_call(op, args, shape, count) for op, args in calls]
     why = site.why_not_mma() if spec.act.format in ("int4", "uint4") else None
     for explanation in found if why else ():

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from . import ops
 from .chain import GLU, Between, active_dropout, between, no_ending
 from .fusion import Fusion, class_path, hooked, own_forward, why_not_installed
-from .linear import QuantizedInput, QuantLinear, wants_gradient
+from .gradient import wants_gradient
+from .linear import QuantizedInput, QuantLinear
+from .module_tools import seen_through
 from .precision import as_autocast
 
 FEED_FORWARD = "diffusers.models.attention.FeedForward"
@@ -47,13 +49,14 @@ class Members(NamedTuple):
 
 def members(module: nn.Module) -> Members:
     if class_path(module) != FEED_FORWARD:
-        return Members(("linear_in", module.linear_in), ("act_fn", module.act_fn), ("linear_out", module.linear_out),
+        first, second = seen_through(module.linear_in), seen_through(module.linear_out)
+        return Members(("linear_in", first), ("act_fn", module.act_fn), ("linear_out", second),
                        _silu("act_fn", module.act_fn))
     activation, dropout, second, *last = module.net
     dropouts = (("net.1", dropout), *(("net.3", final) for final in last))
-    first = getattr(activation, "proj", None)
-    return Members(("net.0.proj", first), ("net.0", activation), ("net.2", second), _silu("net.0", activation),
-                   dropouts)
+    first = seen_through(getattr(activation, "proj", None))
+    return Members(("net.0.proj", first), ("net.0", activation), ("net.2", seen_through(second)),
+                   _silu("net.0", activation), dropouts)
 
 
 def _silu(name: str, activation: nn.Module) -> tuple[tuple[str, nn.Module | None], ...]:

@@ -20,19 +20,19 @@ class InputKey:
         self.token, self.digest = token, digest
 
     def __reduce__(self) -> tuple:
-        return _interned, (self.token, self.digest)
+        return input_key, (self.token, self.digest)
 
 
 _known: WeakValueDictionary[tuple[str, str], InputKey] = WeakValueDictionary()
 
 
-def _interned(token: str, digest: str) -> InputKey:
+def input_key(token: str, digest: str) -> InputKey:
+    """Of how an input is quantized (the token of its ActSpec), and of what with."""
     return _known.setdefault((token, digest), InputKey(token, digest))
 
 
-def input_key(token: str, tensors: Iterable[Tensor]) -> InputKey:
-    """Of how an input is quantized (the token of its ActSpec), and with which tensors."""
+def digest_of(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return _interned(token, digest.hexdigest())
+    return digest.hexdigest()

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from . import ops
 from .backends import cpu, cuda
 from .errors import NunchakuError
-from .input_key import InputKey, input_key
+from .gradient import StraightThrough, wants_gradient
+from .input_key import InputKey, digest_of, input_key
+from .lora.branch import Adapter, Columns, InputGroup, own_columns
 from .module_tools import dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
 from .site import MODES, Mode, Residency, Site, SiteTensors, auto_mode, shift_correction
@@ -58,6 +60,10 @@ class QuantizedSite(nn.Module):
         self.row_dtype: torch.dtype | None = None  # of the rows that came last; None: since a move or cast, none has
         self.packed: Packing | None = None
         self.input_key: InputKey | None = None
+        self.group: InputGroup | None = None  # with whom it may share its input
+        self.adapters: tuple[Adapter, ...] = ()  # folded into the branch, see lora/branch.py
+        self.adapter_room = 0  # ranks reserved for more of them
+        self.set_branch(None, None, None, "")
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -129,7 +135,7 @@ class QuantizedSite(nn.Module):
             self._derive("inv_smooth", 1.0 / self.smooth.data.float() if self.site.has_smooth else None)
             self._derive("folded_codes", codes)
             self._derive("folded_scales", scales)
-            self._derive("unshift", self._correction() if self.site.shift and wanted.mode != "a4" else None)
+            self._derive("unshift", self.correction() if self.site.shift and wanted.mode != "a4" else None)
             scales = cuda.packed_scales(self.scales.data, wanted.dtype) if wanted.residency == "mma" else None
             self._derive("mma_scales", scales)
             self._derive("mma_bias", None if scales is None else self._bias().float())
@@ -169,7 +175,7 @@ class QuantizedSite(nn.Module):
         return None, scales if channel is None else torch.cat((scales, channel.data))
 
     def _unpack(self) -> None:
-        self.packed = self.input_key = None
+        self.packed = self.input_key = self._digest = None
         for name in DERIVED:
             self._derive(name, None)
 
@@ -182,15 +188,20 @@ class QuantizedSite(nn.Module):
         if stale or (self.folded_codes is not None and is_offloaded(self)):
             self.pack()
 
-    def _correction(self) -> Tensor:
+    def correction(self) -> Tensor:
         return shift_correction(self.qtensor(), self.smooth.data, self.site.shift)
 
     def _input_key(self) -> InputKey | None:
         """What the quantized input depends on: sites with equal keys share it. Modulation sites quantize nothing."""
         if not self.site.has_smooth:
             return None
-        tensors = (self.smooth.data, *([self.down.data] if self.site.rank else []))
-        return input_key(self.linear_spec.act.token, tensors)
+        return input_key(self.linear_spec.act.token, self.input_digest() + self.branch_name)
+
+    def input_digest(self) -> str:
+        """Of the stored tensors that its input is quantized with."""
+        if self._digest is None:
+            self._digest = digest_of((self.smooth.data, *([self.down.data] if self.site.rank else [])))
+        return self._digest
 
     def _derive(self, name: str, value: Tensor | None) -> None:
         """A non-persistent buffer where there is a tensor, else a plain None: offload hooks trip over empty buffers."""
@@ -202,8 +213,18 @@ class QuantizedSite(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     # ----------------------------------------------------------------------------------------------- execution
+    def set_branch(self, down: Tensor | None, up: Tensor | None, columns: Columns | None, name: str) -> None:
+        """What stands for the stored down and up: with the adapters of all who share the input, and its own. columns:
+        where in h its own stand; name: tells one such down from all others."""
+        self._derive("adapter_down", down)
+        self._derive("adapter_up", up)
+        self.adapter_columns, self.branch_name = columns, name
+        self.input_key = None if self.packed is None else self._input_key()
+
     def branch(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(down, up) in the activation dtype; rank 0 is a size, not None."""
+        if self.adapter_down is not None:
+            return self.adapter_down.to(dtype), self.adapter_up.to(dtype)
         if self.site.rank:
             return self.down.to(dtype), self.up.to(dtype)
         device = self.codes.device
@@ -246,7 +267,8 @@ class QuantizedSite(nn.Module):
         """Quantized rows → y (M,N), not computed yet."""
         qw, sw, aux, up, bias = self.operands(dtype)
         op = LINEAR_OPS[self.linear_spec.act.format]
-        return ops.Call(op, (x.qx, x.sx, qw, sw, aux, x.h, up, bias, self.linear_spec))
+        h = x.h if self.adapter_columns is None else own_columns(x.h, self.adapter_columns)
+        return ops.Call(op, (x.qx, x.sx, qw, sw, aux, h, up, bias, self.linear_spec))
 
     def multiply(self, x: QuantizedInput, dtype: torch.dtype) -> Tensor:
         return self.product(x, dtype).run()
@@ -254,7 +276,7 @@ class QuantizedSite(nn.Module):
     def apply_rows(self, rows: Tensor) -> Tensor:
         rows = as_autocast(rows)
         if wants_gradient(rows):
-            return _StraightThrough.apply(rows, self)
+            return StraightThrough.apply(rows, self)
         return self.multiply(self.quantize_input(rows), rows.dtype)
 
     # ------------------------------------------------------------------------------------- the nn.Module surface
@@ -300,17 +322,20 @@ class QuantizedSite(nn.Module):
         return nan
 
     def effective_weight(self) -> Tensor:
-        """(N,K) fp32: the 16-bit weight this site stands for."""
+        """(N,K) fp32: the 16-bit weight this site stands for, adapters included."""
         weight = self.qtensor().dequantize()
         if self.site.has_smooth:
             weight = weight / self.smooth.data.float()
-        return weight + self.up.data.float() @ self.down.data.float() if self.site.rank else weight
+        down, up = self.branch(torch.float32)
+        if self.adapter_columns is not None:
+            down = own_columns(down.T, self.adapter_columns).T
+        return weight + up @ down
 
     def effective_bias(self) -> Tensor | None:
         """(N): the bias without the shift correction, or None."""
         if not self.site.shift or self.bias is None:
             return _data(self.bias)
-        return self.bias.data.float() + self._correction()
+        return self.bias.data.float() + self.correction()
 
     def describe(self) -> str:
         rank = f", rank={self.site.rank}" if self.site.rank else ""
@@ -377,23 +402,6 @@ class QuantConv1x1(QuantizedSite, nn.Conv2d):
         out = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=bias is not None,
                         device=self.codes.device, dtype=self.compute_dtype)
         return filled(out, self.effective_weight()[:, :, None, None], bias)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Rounding has no useful gradient: backward takes the one of the 16-bit linear that the site stands for."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, site: QuantizedSite) -> Tensor:
-        ctx.site = site
-        return site.multiply(site.quantize_input(rows), rows.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad.float() @ ctx.site.effective_weight()).to(grad.dtype), None
-
-
-def wants_gradient(rows: Tensor) -> bool:
-    return rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _data(parameter: Tensor | None) -> Tensor | None:

@@ -14,6 +14,13 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
+def seen_through(module: Any) -> Any:
+    """The quantized linear inside a layer that carries adapters, where calling it is calling the layer: they are folded
+    into it, and nothing is hooked onto the layer. Else the module itself."""
+    look = getattr(type(module), "folded_base", None)
+    return module if look is None else look(module)
+
+
 def filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     module.weight.data.copy_(weight)
     if bias is not None:

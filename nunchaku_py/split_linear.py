@@ -72,7 +72,7 @@ class SplitLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.data
         for part in self.parts:
             if part.site.shift:
-                bias = bias.float() + part._correction()
+                bias = bias.float() + part.correction()
         out = nn.Linear(self.in_features, self.out_features, bias is not None, weight.device,
                         self.parts[0].compute_dtype)
         return filled(out, weight, bias)

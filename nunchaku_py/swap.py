@@ -1,7 +1,8 @@
 """Replacing modules in a model, and finding those that were replaced. Modules are swapped, the model stays itself."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from . import fusion
 from .errors import NunchakuError
 from .linear import QuantConv1x1, QuantizedSite, QuantLinear
+from .lora.branch import InputGroup
 from .models.pattern import pattern_of
 from .site import Site
 from .split_linear import SplitLinear
@@ -114,9 +116,38 @@ def quantized_models(target: object) -> list[nn.Module]:
 def prepare(model: nn.Module) -> None:
     """Give a model whose linears were replaced what else its architecture provides: patterns that run together."""
     fusion.install(model, pattern_of(model).fusions)
+    for sites in sharing_candidates(model):
+        InputGroup.of(sites)
     for module in model.modules():
         if callable(getattr(module, "fuse_projections", None)):
             module.fuse_projections = refuse_fusing
+
+
+def sharing_candidates(model: nn.Module) -> list[list[QuantLinear]]:
+    """Linears that may read one input, by where they stand: those that a pattern names together, and children of one
+    module. Each in one list only."""
+    found: list[list[QuantLinear]] = []
+    taken: set[nn.Module] = set()
+    for together in pattern_of(model).groups:
+        found += [_quantized(map(module.get_submodule, together), taken) for module in model.modules()
+                  if all(map(partial(_has, module), together))]
+    found += [_quantized(module.children(), taken) for module in model.modules()]
+    return [sites for sites in found if len(sites) > 1]
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(name), QuantLinear)
+    except AttributeError:
+        return False
+
+
+def _quantized(modules: Iterable[nn.Module], taken: set[nn.Module]) -> list[QuantLinear]:
+    """Those of them that quantize their input, and are in no list yet."""
+    sites = [module for module in modules if type(module) is QuantLinear and module.site.has_smooth]
+    sites = [site for site in sites if site not in taken]
+    taken.update(sites)
+    return sites
 
 
 def refuse_fusing(*args: object, **kwargs: object) -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .fusion import Fusion, class_path, is_hooked, own_forward, why_not_installed
+from .gradient import wants_gradient
 from .input_key import InputKey
-from .linear import QuantizedInput, QuantLinear, wants_gradient
+from .linear import QuantizedInput, QuantLinear
+from .module_tools import seen_through
 from .precision import as_autocast
 
 
@@ -45,7 +47,7 @@ class View:
         instead = self.__dict__["_instead"]
         if name in instead:
             return instead[name]
-        value = getattr(self.__dict__["_module"], name)
+        value = seen_through(getattr(self.__dict__["_module"], name))
         return _Sharing(value, self.__dict__["_seen"]) if type(value) is QuantLinear else value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -83,6 +85,7 @@ class _Sharing:
 def shared_input(linears: Sequence[nn.Module], dtype: torch.dtype | None = None) -> bool:
     """Whether one quantized input serves all, in rows of this dtype or of the last one, and nothing hooked onto or
     wrapped around one wants to see its call."""
+    linears = [seen_through(linear) for linear in linears]
     if not all(map(_can_share, linears)):
         return False
     first, *others = _keys(linears, dtype)
@@ -104,7 +107,8 @@ def concerns(module: nn.Module) -> bool:
     module itself (super() would not)."""
     if not class_path(module).startswith("diffusers.") or _calls_super(type(module).forward):
         return False
-    wide = [child.in_features for child in module.children() if type(child) is QuantLinear and child.site.has_smooth]
+    children = map(seen_through, module.children())
+    wide = [child.in_features for child in children if type(child) is QuantLinear and child.site.has_smooth]
     return len(set(wide)) < len(wide)
 
 
@@ -117,7 +121,7 @@ def refuses(module: nn.Module) -> str | None:
     processor = getattr(module, "processor", None)
     if processor is not None and not class_path(processor).startswith("diffusers."):
         return why_not_installed(module) or f"its attention processor {class_path(processor)} is not diffusers' own"
-    linears = [child for child in module.children() if _can_share(child)]
+    linears = [child for child in map(seen_through, module.children()) if _can_share(child)]
     keys = _keys(linears)
     alike = any(key is other for i, key in enumerate(keys) for other in keys[:i])
     return why_not_installed(module) or (None if alike else "no two linears without hooks read their input alike")

@@ -23,6 +23,7 @@ from ..chain import (
 )
 from ..fusion import Fusion, class_path, hooked, own_forward, why_not_installed
 from ..linear import QuantizedInput, QuantLinear
+from ..module_tools import seen_through
 from ..split_linear import SplitLinear
 from ..together import View, shared_input
 
@@ -96,10 +97,10 @@ def double_refuses(block: nn.Module, dtype: torch.dtype | None = None) -> str | 
     attention = block.attn
     return (why_not_installed(block) or _modulation_refuses("norm1", block.norm1)
             or _modulation_refuses("norm1_context", block.norm1_context) or _attention_refuses(attention)
-            or _projections_refuse(dtype, *(getattr(attention, name) for name in IMAGE))
-            or _projections_refuse(dtype, *(getattr(attention, name) for name in TEXT))
-            or _output_refuses("attn.to_out.0", attention.to_out[0], GATE_RESIDUAL)
-            or _output_refuses("attn.to_add_out", attention.to_add_out, GATE_RESIDUAL)
+            or _projections_refuse(dtype, *_named(attention, IMAGE))
+            or _projections_refuse(dtype, *_named(attention, TEXT))
+            or _output_refuses("attn.to_out.0", seen_through(attention.to_out[0]), GATE_RESIDUAL)
+            or _output_refuses("attn.to_add_out", seen_through(attention.to_add_out), GATE_RESIDUAL)
             or _idle("attn.to_out.1", attention.to_out[1])
             or hooked((("norm2", block.norm2), ("norm2_context", block.norm2_context)))
             or not_plain_norm("norm2", block.norm2) or not_plain_norm("norm2_context", block.norm2_context)
@@ -120,10 +121,11 @@ def double_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
     text_shift, text_scale, text_gate, *text_mlp = _modulation(block.norm1_context, temb, 6)
     text_mlp_shift, text_mlp_scale, text_mlp_gate = text_mlp
     projections = _projected(attention, image.dtype, {
-        IMAGE: (image, modulated(image, block.norm1.norm, scale, shift, attention.to_q)),
-        TEXT: (text, modulated(text, block.norm1_context.norm, text_scale, text_shift, attention.add_q_proj))})
+        IMAGE: (image, modulated(image, block.norm1.norm, scale, shift, seen_through(attention.to_q))),
+        TEXT: (text, modulated(text, block.norm1_context.norm, text_scale, text_shift,
+                               seen_through(attention.add_q_proj)))})
     view = View(attention, **projections, to_out=(_unchanged, _unchanged), to_add_out=_unchanged)
-    image, text = _gated((attention.to_out[0], attention.to_add_out),
+    image, text = _gated((seen_through(attention.to_out[0]), seen_through(attention.to_add_out)),
                          own_forward(attention)(view, image, text, None, image_rotary_emb),
                          (gate, text_gate), (image, text))
     image, text = _feed_forwards((block.ff, block.ff_context), (image, text), (
@@ -140,10 +142,15 @@ def _modulation(norm: nn.Module, temb: Tensor, count: int) -> tuple[Tensor, ...]
 def _projected(attention: nn.Module, dtype: torch.dtype, of: dict[tuple[str, ...], tuple[Tensor, QuantizedInput]]
                ) -> dict[str, _Given]:
     """What the processor finds by the names of projections: all of both streams, computed together."""
-    linears = {name: (getattr(attention, name), x, quantized) for names, (x, quantized) in of.items() for name in names}
+    linears = {name: (linear, x, quantized) for names, (x, quantized) in of.items()
+               for name, linear in zip(names, _named(attention, names), strict=True)}
     found = ops.together([linear.product(quantized, dtype) for linear, _, quantized in linears.values()])
     return {name: _Given(y.view(*x.shape[:-1], y.shape[-1]))
             for (name, (_, x, _)), y in zip(linears.items(), found, strict=True)}
+
+
+def _named(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    return [seen_through(getattr(module, name)) for name in names]
 
 
 class _Given:
@@ -197,9 +204,10 @@ def single_refuses(block: nn.Module, dtype: torch.dtype | None = None) -> str | 
     """As double_refuses."""
     attention = block.attn
     return (why_not_installed(block) or _modulation_refuses("norm", block.norm) or _attention_refuses(attention)
-            or _projections_refuse(dtype, *(getattr(attention, name) for name in IMAGE), block.proj_mlp)
-            or _split_refuses(block.proj_out, block.proj_mlp)
-            or _gelu_refuses(block.act_mlp) or no_ending(block.proj_mlp, GELU, block.proj_out.parts[1]))
+            or _projections_refuse(dtype, *_named(attention, IMAGE), seen_through(block.proj_mlp))
+            or _split_refuses(*_named(block, ("proj_out", "proj_mlp")))
+            or _gelu_refuses(block.act_mlp)
+            or no_ending(seen_through(block.proj_mlp), GELU, seen_through(block.proj_out).parts[1]))
 
 
 def _split_refuses(linear: nn.Module, mlp: nn.Module) -> str | None:
@@ -225,16 +233,17 @@ def single_forward(block: nn.Module, hidden_states: Tensor, encoder_hidden_state
                                   joint_attention_kwargs)
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = _modulation(block.norm, temb, 3)
-    quantized = modulated(x, block.norm.norm, scale, shift, block.attn.to_q)
+    quantized = modulated(x, block.norm.norm, scale, shift, seen_through(block.attn.to_q))
     view = View(block.attn, **_projected(block.attn, x.dtype, {IMAGE: (x, quantized)}))
     attention = own_forward(block.attn)(view, x, None, None, image_rotary_emb)
-    y = _in_range(_gated_sum(block.proj_out, attention, _mlp(block, quantized, x.dtype), gate, x))
+    y = _in_range(_gated_sum(seen_through(block.proj_out), attention, _mlp(block, quantized, x.dtype), gate, x))
     return y.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
 
 
 def _mlp(block: nn.Module, x: QuantizedInput, dtype: torch.dtype) -> QuantizedInput:
     tanh = block.act_mlp.approximate == "tanh"
-    call = between(block.proj_mlp, x, Between("gelu_tanh" if tanh else "gelu"), block.proj_out.parts[1], dtype)
+    mlp, out = _named(block, ("proj_mlp", "proj_out"))
+    call = between(mlp, x, Between("gelu_tanh" if tanh else "gelu"), out.parts[1], dtype)
     return QuantizedInput(*call.run())
 
 

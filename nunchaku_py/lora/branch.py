@@ -1,0 +1,229 @@
+"""Adapters in the low-rank branch of a quantized linear.
+
+    down' = [down; A₁; A₂; …]        up' = [up, scale₁·B₁, scale₂·B₂, …]
+
+Sites that read one quantized input (q, k, v) share one down', which holds the A of all of them, and each takes its own
+columns of h = x·down'ᵀ. So the input is quantized once, whatever adapters each of them has. A strength is written into
+columns of up' and changes no shape; nor does anything else where room is reserved (`reserve`).
+"""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Columns = tuple[tuple[int, int], ...]  # [start, stop) in h
+CUDA_RANKS = 16  # the CUDA kernels multiply by so many ranks at a time, and would pad on every call
+_names = count(1)
+
+
+class Adapter(NamedTuple):
+    """scale · up · down, from the modules that hold a LoRA's factors; of a part of a linear: its input columns."""
+
+    down: nn.Module  # weight (r,K) or (r,K,1,1)
+    up: nn.Module  # weight (N,r) or (N,r,1,1)
+    scale: float
+    first: int = 0
+    last: int | None = None
+
+    def rows(self) -> Tensor:
+        """(r,K) of down'."""
+        return self.down.weight.detach().flatten(1)[:, self.first:self.last]
+
+    def columns(self) -> Tensor:
+        """(N,r) of up' at scale 1."""
+        return self.up.weight.detach().flatten(1)
+
+
+class InputGroup:
+    """Sites that may share an input. It knows them weakly: a model is freed when it is let go of."""
+
+    def __init__(self) -> None:
+        self._sites: list[weakref.ref] = []
+
+    @staticmethod
+    def of(sites: Sequence[Any]) -> None:
+        group = InputGroup()
+        group._sites = [weakref.ref(site) for site in sites]
+        for site in sites:
+            site.group = group
+
+    def sites(self) -> list[Any]:
+        return [site for site in (ref() for ref in self._sites) if site is not None]
+
+    def __reduce__(self) -> tuple:
+        return InputGroup, (), self.sites()
+
+    def __setstate__(self, sites: list[Any]) -> None:
+        self._sites = [weakref.ref(site) for site in sites]
+
+
+def own_columns(h: Tensor, columns: Columns) -> Tensor:
+    """A site's own columns of the h of its group, contiguous."""
+    if columns == ((0, h.shape[1]),):
+        return h
+    return torch.cat([h[:, start:stop] for start, stop in columns], 1)
+
+
+# --------------------------------------------------------------------------------------------------- placing and writing
+@dataclass
+class _Places:
+    """The rows of a shared down' as they are handed out."""
+
+    rows: list[Tensor]
+    used: int
+
+    def put(self, rows: Tensor, again: bool) -> tuple[int, int]:
+        """Where these rows stand. again: the same rows may stand for two sites, as they do in a LoRA that was trained
+        on one fused q/k/v."""
+        start = self.rows[0].shape[0]
+        for other in self.rows[1:]:
+            stop = start + other.shape[0]
+            if again and other.shape == rows.shape and torch.equal(other, rows):
+                return start, stop
+            start = stop
+        self.rows.append(rows)
+        self.used += rows.shape[0]
+        return start, start + rows.shape[0]
+
+
+@torch.no_grad()
+def fold(site: Any) -> None:
+    """Write the branch of `site` and of all that share its input, in place where nothing changes its shape."""
+    members = _alike(site)
+    with present(members):
+        if not any(member.adapters or member.adapter_room for member in members):
+            for member in members:
+                member.set_branch(None, None, None, "")
+            return
+        first = members[0]
+        down = first.down.data if first.site.rank else first.codes.new_empty((0, first.rows_in), dtype=first.file_dtype)
+        places = _Places([down], down.shape[0])
+        columns = [_place(member, places) for member in members]
+        joint = torch.cat(places.rows)
+        branches = [(joint, _up(member, own), own) for member, own in zip(members, columns, strict=True)]
+        if all(map(_fits, members, branches)):
+            for member, (_, up, _) in zip(members, branches, strict=True):
+                member.adapter_down.copy_(joint)
+                member.adapter_up.copy_(up)
+            return
+        name = f"+{next(_names)}"
+        for member, branch in zip(members, branches, strict=True):
+            member.set_branch(*branch, name)
+
+
+def _alike(site: Any) -> list[Any]:
+    """The site, and those of its group that quantize their input with the same tensors."""
+    if site.group is None or not site.site.has_smooth:
+        return [site]
+    with present(site.group.sites()):
+        return [other for other in site.group.sites() if other.input_digest() == site.input_digest()]
+
+
+def _place(site: Any, places: _Places) -> Columns:
+    """Columns of h for the site's stored branch, its adapters, and its room."""
+    found = [(0, places.rows[0].shape[0])]
+    own = 0
+    for adapter in site.adapters:
+        rows = adapter.rows().to(places.rows[0])
+        found.append(places.put(rows, again=not site.adapter_room))
+        own += rows.shape[0]
+    padding = _padding(site, own)
+    if padding:
+        found.append(places.put(places.rows[0].new_zeros(padding, site.rows_in), again=not site.adapter_room))
+    return _joined(found)
+
+
+def _padding(site: Any, own: int) -> int:
+    """Ranks that are zero: of the room reserved, or up to what the kernels multiply at a time."""
+    if site.adapter_room:
+        return max(-own % site.adapter_room, site.adapter_room - own)
+    return -(site.site.rank + own) % CUDA_RANKS if own and site.codes.is_cuda else 0
+
+
+def _joined(spans: list[tuple[int, int]]) -> Columns:
+    found = [spans[0]]
+    for start, stop in spans[1:]:
+        if start == found[-1][1]:
+            found[-1] = (found[-1][0], stop)
+        elif stop > start:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def _up(site: Any, columns: Columns) -> Tensor:
+    """(N, own ranks): the stored up, then every adapter's at its strength, then zeros."""
+    kind = {"dtype": site.file_dtype, "device": site.codes.device}
+    up = torch.zeros(site.rows_out, sum(stop - start for start, stop in columns), **kind)
+    if site.site.rank:
+        up[:, :site.site.rank] = site.up.data
+    _write_strengths(site, up)
+    return up
+
+
+def _fits(site: Any, branch: tuple[Tensor, Tensor, Columns]) -> bool:
+    """Whether it can be written where the site's present branch is, which a compiled graph may have taken."""
+    pairs = zip((site.adapter_down, site.adapter_up), branch, strict=False)
+    return site.adapter_columns == branch[2] and all(
+        (old.shape, old.device) == (new.shape, new.device) for old, new in pairs)
+
+
+@torch.no_grad()
+def keep(site: Any) -> None:
+    """Make what is folded into `site`, and into all that share its input, part of what they store: more rank."""
+    members = [member for member in _alike(site) if member.adapter_down is not None]
+    with present(members):
+        wide = [_spread(member) for member in members]
+        for member, up in zip(members, wide, strict=True):
+            down = member.adapter_down
+            member.adapters = ()
+            member.site = replace(member.site, rank=down.shape[0])
+            member.set_branch(None, None, None, "")
+            member.set_tensor("down", down)
+            member.set_tensor("up", up)
+
+
+def _spread(site: Any) -> Tensor:
+    """up over all columns of h, zero where it takes none."""
+    wide = site.adapter_up.new_zeros(site.rows_out, site.adapter_down.shape[0])
+    taken = 0
+    for start, stop in site.adapter_columns:
+        wide[:, start:stop] += site.adapter_up[:, taken:taken + stop - start]
+        taken += stop - start
+    return wide
+
+
+@torch.no_grad()
+def rescale(site: Any) -> None:
+    """Write the strengths of a site's adapters: nothing else has changed."""
+    with present([site]):
+        _write_strengths(site, site.adapter_up)
+
+
+def _write_strengths(site: Any, up: Tensor) -> None:
+    start = site.site.rank
+    for adapter in site.adapters:
+        own = adapter.columns()
+        stop = start + own.shape[1]
+        up[:, start:stop] = own.float().mul_(adapter.scale) if own.dtype != torch.float32 else own * adapter.scale
+        start = stop
+
+
+# -------------------------------------------------------------------------------------------------------------- offload
+def present(sites: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Within it the tensors of sites and of their adapters have data, also where accelerate keeps them elsewhere."""
+    stack = ExitStack()
+    modules = [*sites, *(half for site in sites for adapter in site.adapters for half in adapter[:2])]
+    absent = {id(module): module for module in modules if any(p.is_meta for p in module.parameters(recurse=False))}
+    if absent:
+        from accelerate.utils import align_module_device
+
+        for module in absent.values():
+            stack.enter_context(align_module_device(module))
+    return stack

@@ -1,0 +1,255 @@
+"""PEFT's layers for quantized linears. They are PEFT's own, with their adapters folded into the linear's branch, so
+that a call is one call of the linear whatever adapters are active. While adapters are trained, or are of a kind that is
+no low-rank term (DoRA), PEFT's own way is taken: the linear without them, and their terms beside it.
+
+This module is imported once PEFT's is: `attach` makes PEFT use these layers.
+"""
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Conv2d, Linear
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..errors import NunchakuError
+from ..fusion import is_hooked
+from ..linear import QuantConv1x1, QuantizedSite, QuantLinear
+from ..split_linear import SplitLinear
+from .branch import Adapter, fold, keep, rescale
+from .dora import QuantDora
+
+Seen = tuple[Any, ...]  # what a fold was made of
+
+
+class _Folding:
+    """What the two layers share. `folded`: whether the linear holds all that is active, so that it can be called by
+    itself."""
+
+    folded = True
+    _seen: tuple[Seen, ...] = ()
+    _pinned: dict[str, float]
+
+    # ---------------------------------------------------------------------------------------------- what PEFT calls
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(*args, **kwargs)
+        if not self._load_state_dict_post_hooks:
+            self.register_load_state_dict_post_hook(_loaded)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        self.refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.refresh()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        super().set_scale(adapter, scale)
+        self.refresh()
+
+    def scale_layer(self, scale: float) -> None:
+        super().scale_layer(scale)
+        self.refresh()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        super().unscale_layer(scale)
+        self.refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.refresh()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Pin adapters to the branch at their present strength; no stored tensor changes, so that unmerging is exact."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_variant or self.lora_bias.get(name):
+                raise NunchakuError(f"fuse: adapter {name!r} is more than a low-rank term (DoRA, or with a bias), which "
+                                    f"cannot be fused into a quantized linear; leave it active instead")
+            if safe_merge and not all(torch.isfinite(half[name].weight).all() for half in (self.lora_A, self.lora_B)):
+                raise NunchakuError(f"fuse: adapter {name!r} holds NaN or infinite values")
+            self._pinned = {**self._pins(), name: float(self.scaling[name])}
+            self.merged_adapters.append(name)
+        self.refresh()
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+        self._pinned = {}
+        self.refresh()
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+                                           ) -> nn.Module:
+        """What stands for the linear when PEFT takes its layers off."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        return self.taken_off()
+
+    # -------------------------------------------------------------------------------------------------------- folding
+    def refresh(self, anew: bool = False) -> None:
+        """Fold what is active now, as far as it can be; anew: also what seems to be folded already. Compiled graphs
+        read what was folded before."""
+        if torch.compiler.is_compiling() or self.base_layer is not self.get_base_layer():
+            return
+        names = self._names()
+        self.folded = not any(name in self.lora_variant or self.lora_bias.get(name) for name in names)
+        if anew:
+            self._seen = ()
+        self._hold(names if self.folded else [])
+
+    def _names(self) -> list[str]:
+        """The adapters that a call heeds, and that have been loaded."""
+        names = [] if self.disable_adapters else self.merged_adapters or self.active_adapters
+        return [name for name in names if name in self.lora_A and self._is_loaded(name)]
+
+    def _is_loaded(self, name: str) -> bool:
+        halves = self.lora_A[name], self.lora_B[name]
+        return not any(half.weight.is_meta and not hasattr(half, "_hf_hook") for half in halves)
+
+    def _pins(self) -> dict[str, float]:
+        return vars(self).get("_pinned", {})
+
+    def _hold(self, names: list[str]) -> None:
+        """Let the linear hold these adapters; nothing is written that it holds already."""
+        pins = self._pins()
+        seen = tuple((*self._weights(name), pins.get(name, self.scaling[name])) for name in names)
+        if _same(seen, self._seen):
+            return
+        same_weights = bool(seen) and _same([one[:-1] for one in seen], [one[:-1] for one in self._seen])
+        for site, first, last in _sites(self.base_layer):
+            site.adapters = tuple(Adapter(self.lora_A[name], self.lora_B[name], float(one[-1]), first, last)
+                                  for name, one in zip(names, seen, strict=True))
+            rescale(site) if same_weights and site.adapter_up is not None else fold(site)
+        self._seen = seen
+
+    def _weights(self, name: str) -> Seen:
+        """The two weights, and by what a change in place is noticed; offloading puts others there, to no effect."""
+        halves = self.lora_A[name].weight, self.lora_B[name].weight
+        if halves[0].is_meta or halves[1].is_meta:
+            return next((one[:-1] for one in self._seen if one[0] == name), (name, *halves, 0, 0))
+        return (name, *halves, *(0 if half.is_inference() else half._version for half in halves))
+
+    def taken_off(self) -> nn.Module:
+        """The linear without this layer; adapters that were fused stay in it."""
+        if self.merged_adapters:
+            for site, _, _ in _sites(self.base_layer):
+                keep(site)
+        self._hold([])
+        return self.base_layer
+
+    def folded_base(self) -> nn.Module:
+        """The linear, where calling it is calling this layer; else the layer itself."""
+        if is_hooked(self) or self._takes_peft_way():
+            return self
+        return self.base_layer
+
+    def _takes_peft_way(self) -> bool:
+        if torch.compiler.is_compiling():
+            return not self.folded
+        if torch.is_grad_enabled() and self._trains():
+            return True
+        self.refresh()
+        return not self.folded
+
+    def _trains(self) -> bool:
+        if self.disable_adapters or self.merged_adapters:
+            return False
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return any(half[name].weight.requires_grad for name in names for half in (self.lora_A, self.lora_B))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not kwargs and not self._takes_peft_way():
+            return self.base_layer(x)
+        if not torch.compiler.is_compiling():
+            self._hold([])
+        return super().forward(x, *args, **kwargs)
+
+
+class QuantLoraLinear(_Folding, Linear):
+    """Of a quantized linear, also one in parts."""
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type | None]:
+        """Others would read the weight, of which there is only the shape."""
+        return {(): None, ("use_dora",): QuantDora}
+
+
+class QuantLoraConv(_Folding, Conv2d):
+    """Of a quantized 1×1 convolution."""
+
+    _plain: nn.Conv2d | None = None
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type | None]:
+        return {(): None}
+
+    def get_base_layer(self) -> nn.Module:
+        return self._plain or super().get_base_layer()
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT makes the factors of the class of the convolution that it finds: here a plain one must stand in."""
+        base = super().get_base_layer()
+        bias = base.bias is not None
+        vars(self)["_plain"] = nn.Conv2d(base.in_channels, base.out_channels, 1, bias=bias, device="meta")
+        try:
+            super().update_layer(adapter_name, *args, **kwargs)
+        finally:
+            del vars(self)["_plain"]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.refresh()
+
+
+LAYERS: dict[type, type] = {QuantLinear: QuantLoraLinear, SplitLinear: QuantLoraLinear, QuantConv1x1: QuantLoraConv}
+
+
+def attach(lora_model: type) -> None:
+    """Let PEFT put our layers around our linears; whoever calls it (diffusers, transformers, PEFT itself) gets them."""
+    original = lora_model._create_new_module
+
+    def create(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer = LAYERS.get(type(base))
+        if layer is None:
+            return original(lora_config, adapter_name, target, **kwargs)
+        return layer(target, adapter_name, config=lora_config, **kwargs)
+
+    lora_model._create_new_module = staticmethod(create)
+
+
+def attach_hotswap(module: ModuleType) -> None:
+    """PEFT swaps weights in a way that leaves no trace in them."""
+    original = module.hotswap_adapter_from_state_dict
+
+    @functools.wraps(original)
+    def swap(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found = original(model, *args, **kwargs)
+        for layer in adapted_layers(model):
+            layer.refresh(anew=True)
+        return found
+
+    module.hotswap_adapter_from_state_dict = swap
+
+
+def adapted_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, _Folding)]
+
+
+def _loaded(layer: Any, _: Any) -> None:
+    layer.refresh()
+
+
+def _sites(module: nn.Module) -> list[tuple[QuantizedSite, int, int | None]]:
+    """The sites of a quantized linear, each with its input columns."""
+    if isinstance(module, SplitLinear):
+        return [(part, *columns) for part, columns in zip(module.parts, module.ranges, strict=True)]
+    return [(module, 0, None)]
+
+
+def _same(some: Any, others: Any) -> bool:
+    """Tensors are compared as objects."""
+    return len(some) == len(others) and all(
+        len(one) == len(other) and all(a is b or (not isinstance(a, nn.Parameter) and a == b)
+                                       for a, b in zip(one, other, strict=True))
+        for one, other in zip(some, others, strict=True))

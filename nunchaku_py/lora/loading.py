@@ -1,0 +1,375 @@
+"""diffusers' own calls on quantized models: `load_lora_weights`, `load_lora_adapter`, `unload_lora_weights`.
+
+Where a pipeline holds a quantized model its LoRA files are read by `formats.read`, in whatever form they are, checked
+as a whole, and handed on in PEFT's names: every key must find its module, or nothing is loaded. Pipelines and models
+without quantized linears are none of our business.
+"""
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.manifest import manifest_of
+from ..errors import NunchakuError
+from ..linear import QuantizedSite
+from .delta import Delta, Target
+from .formats import Reading, read
+from .layers import adapted_layers
+
+_SHOWN = 4
+_FETCH = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
+          "revision", "subfolder")
+_TEXT = ("lora_te", "text_encoder", "te1_", "te2_", "te3_")
+_logger = logging.getLogger("nunchaku_py")
+_inside: ContextVar[bool] = ContextVar("nunchaku_py_loading_lora", default=False)
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What a LoRA file became: format, adapted modules of each model, and what else is worth knowing."""
+
+    adapter: str
+    format: str
+    modules: dict[str, int]
+    ranks: dict[int, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        count = sum(self.modules.values())
+        where = ", ".join(f"{number} in {name}" for name, number in self.modules.items())
+        ranks = ", ".join(f"{rank} ({number})" for rank, number in sorted(self.ranks.items()))
+        text = f"LoRA '{self.adapter}' ({self.format}): {count} of {count} modules ({where}), rank {ranks}"
+        return "; ".join([text, *self.notes])
+
+
+# ---------------------------------------------------------------------------------------------------------- the patches
+def attach_models(module: ModuleType) -> None:
+    """After the import of diffusers.loaders.peft."""
+    import diffusers.utils
+
+    mixin = module.PeftAdapterMixin
+    mixin.load_lora_adapter = _around(mixin.load_lora_adapter, _load_into_model)
+    diffusers.utils.recurse_remove_peft_layers = _removing(diffusers.utils.recurse_remove_peft_layers)
+
+
+def attach_pipelines(module: ModuleType) -> None:
+    """After the import of diffusers.loaders.lora_pipeline."""
+    from diffusers.loaders import lora_base
+
+    lora_base.recurse_remove_peft_layers = _removing(lora_base.recurse_remove_peft_layers)
+    for mixin in [one for one in vars(module).values() if isinstance(one, type)]:
+        if "load_lora_weights" in vars(mixin):
+            mixin.load_lora_weights = _around(mixin.load_lora_weights, _load_into_pipeline)
+    flux = module.FluxLoraLoaderMixin
+    flux._maybe_expand_lora_state_dict = classmethod(_expanding(flux._maybe_expand_lora_state_dict.__func__))
+
+
+def _around(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, unless it is called on something quantized, and not by one of these calls."""
+
+    @functools.wraps(original)
+    def method(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        if _inside.get() or not any(map(_is_quantized, _models(self).values())):
+            return original(self, source, *args, **kwargs)
+        return ours(original, self, source, *args, **kwargs)
+
+    return method
+
+
+def _removing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Before diffusers takes PEFT's layers off: what they folded into linears goes, unless it was fused."""
+
+    @functools.wraps(original)
+    def remove(model: nn.Module) -> Any:
+        layers = adapted_layers(model)
+        fused = any(layer.merged for layer in layers)
+        for layer in layers:
+            layer.taken_off()
+        found = original(model)
+        if fused:
+            _restate(model)
+        return found
+
+    return remove
+
+
+def _restate(model: nn.Module) -> None:
+    """Fused adapters have become rank of the model: its config says so, for saving."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None:
+        config.sites = manifest_of(model).to_json()["sites"]
+
+
+def _expanding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """FLUX's loader looks weights up by name, to widen LoRAs: of quantized linears there are none, nor the need."""
+
+    @functools.wraps(original)
+    def expand(cls: type, transformer: nn.Module, lora_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        modules = dict(transformer.named_modules())
+        prefix = f"{cls.transformer_name}."
+        ours = {key: value for key, value in lora_state_dict.items()
+                if _is_ours(modules.get(key.removeprefix(prefix).split(".lora_")[0]))}
+        others = {key: value for key, value in lora_state_dict.items() if key not in ours}
+        return {**(original(cls, transformer, others) if others else {}), **ours}
+
+    return expand
+
+
+def _is_ours(module: nn.Module | None) -> bool:
+    return getattr(getattr(module, "base_layer", module), "is_nunchaku_quantized", False)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loads
+def _load_into_pipeline(original: Callable[..., Any], pipe: Any, source: Any, adapter_name: str | None = None,
+                        hotswap: bool = False, allow_partial: bool = False, **kwargs: Any) -> LoraReport:
+    models = _models(pipe)
+    state = _fetched(source, kwargs)
+    reading = _read(state, models, lambda: _converted(pipe, state, models))
+    _check(reading, models, allow_partial)
+    tensors, metadata = _as_peft(reading.deltas)
+    with _whole_or_not(models, hotswap) as names:
+        with _state_dict_of(pipe, tensors, metadata):
+            original(pipe, tensors, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+        return _reported(reading, models, names(adapter_name))
+
+
+def _load_into_model(original: Callable[..., Any], model: nn.Module, source: Any, prefix: str | None = "transformer",
+                     hotswap: bool = False, allow_partial: bool = False, **kwargs: Any) -> LoraReport:
+    models = {prefix or "transformer": model}
+    reading = _read(_fetched(source, kwargs), models, None)
+    _check(reading, models, allow_partial)
+    tensors, metadata = _as_peft({"": deltas for deltas in reading.deltas.values()})
+    for name in (*_FETCH, "network_alphas", "metadata"):
+        kwargs.pop(name, None)
+    with _whole_or_not(models, hotswap) as names:
+        original(model, tensors, prefix=None, hotswap=hotswap, metadata=metadata, **kwargs)
+        return _reported(reading, models, names(kwargs.get("adapter_name")))
+
+
+def _fetched(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, of a repository, or of a dictionary."""
+    from diffusers.loaders.lora_base import _fetch_state_dict
+
+    if isinstance(source, Mapping):
+        return dict(source)
+    options = {name: kwargs.get(name) for name in _FETCH}
+    options["use_safetensors"] = True if options["use_safetensors"] is None else options["use_safetensors"]
+    try:
+        found = _fetch_state_dict(source, user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+                                  allow_pickle=False, **options)
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            raise NunchakuError(f"{source}: not a readable safetensors file: {error}") from error
+        raise
+    return with_metadata_alphas(dict(found[0]), found[1])
+
+
+def with_metadata_alphas(state: dict[str, Tensor], metadata: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Alphas that a file of diffusers' keeps in its metadata, as keys of their own."""
+    return state if not metadata else {**state, **_alphas_of(state, metadata)}
+
+
+def _alphas_of(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        module, leaf, _ = key.partition(".lora_A.")
+        component, _, name = module.partition(".")
+        scope, name = (f"{component}.", name) if f"{component}.lora_alpha" in metadata else ("", module)
+        alpha = metadata.get(f"{scope}lora_alpha")
+        if not leaf or alpha is None or f"{module}.alpha" in state:
+            continue
+        patterns = metadata.get(f"{scope}alpha_pattern") or {}
+        alpha = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), alpha)
+        rank_stabilized = metadata.get(f"{scope}use_rslora")
+        found[f"{module}.alpha"] = torch.tensor(alpha * (tensor.shape[0] ** 0.5 if rank_stabilized else 1.0))
+    return found
+
+
+def _read(state: dict[str, Tensor], models: Mapping[str, nn.Module], convert: Callable[[], dict] | None) -> Reading:
+    """By our reader; where it leaves keys, by diffusers' converter first, if that leaves fewer."""
+    targets = {name: target_of(model) for name, model in models.items()}
+    reading = read(state, targets)
+    if reading.unread and convert is not None:
+        try:
+            second = read(convert(), targets)
+        except Exception as error:  # whatever a converter trips over in a file that is not for it
+            _logger.info("diffusers' converter does not read this LoRA either: %s", error)
+            return reading
+        if len(second.unread) < len(reading.unread) and second.deltas:
+            return Reading(f"{reading.format}, converted by diffusers", second.deltas, second.unread, second.notes)
+    return reading
+
+
+def _converted(pipe: Any, state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """By diffusers' own converter of this pipeline: tensors, and alphas as keys beside them."""
+    config = {"unet_config": models["unet"].config} if "unet" in models else {}
+    found = type(pipe).lora_state_dict(dict(state), **config)
+    tensors, *alphas = found if isinstance(found, tuple) else (found,)
+    more = alphas[0] if alphas and alphas[0] else {}
+    return {**tensors, **{name: torch.as_tensor(value) for name, value in more.items()}}
+
+
+def target_of(model: nn.Module) -> Target:
+    """The linears and convolutions of a model, by the names that they have without adapters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name and ".parts." not in name:
+            shapes[name.removesuffix(".base_layer")] = tuple(module.weight.shape)
+    return Target(type(model).__name__, shapes)
+
+
+def _check(reading: Reading, models: Mapping[str, nn.Module], allow_partial: bool) -> None:
+    """Every key must have found its module; keys for text encoders that are not there are only mentioned."""
+    if not any(reading.deltas.values()):
+        raise NunchakuError(f"this LoRA ({reading.format}) changes no module of {_classes(models)}: it is for another "
+                            f"model. Its keys: {some(reading.unread)}")
+    absent = [key for key in reading.unread if key.startswith(_TEXT)]
+    others = [key for key in reading.unread if key not in absent]
+    if others and not allow_partial:
+        found = sum(map(len, reading.deltas.values()))
+        raise NunchakuError(f"this LoRA ({reading.format}) has {len(others)} keys for which {_classes(models)} has no "
+                            f"module: {some(others)}. The other {found} modules can be loaded with allow_partial=True")
+    if absent:
+        reading.notes.append(f"{len(absent)} keys are for text encoders that are not there: {some(absent)}")
+    if others:
+        reading.notes.append(f"{len(others)} keys found no module: {some(others)}")
+
+
+def some(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f", … and {more} more" if more > 0 else "")
+
+
+def _classes(models: Mapping[str, nn.Module]) -> str:
+    return ", ".join(type(model).__name__ for model in models.values())
+
+
+# --------------------------------------------------------------------------------------------------- what PEFT is given
+def _as_peft(deltas: Mapping[str, Mapping[str, Delta]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and metadata of LoraConfigs, in diffusers' names."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for component, modules in deltas.items():
+        if not modules:
+            continue
+        prefix = f"{component}." if component else ""
+        for name, delta in modules.items():
+            tensors |= {f"{prefix}{name}.{leaf}": tensor for leaf, tensor in _leaves(delta, modules).items()}
+        metadata |= {f"{prefix}{key}": value for key, value in _config_of(modules).items()}
+    return tensors, metadata
+
+
+def _leaves(delta: Delta, modules: Mapping[str, Delta]) -> dict[str, Tensor]:
+    leaves = {"lora_A.weight": delta.down, "lora_B.weight": delta.up}
+    if any(other.bias is not None for other in modules.values()):  # PEFT has them for all or for none
+        leaves["lora_B.bias"] = delta.up.new_zeros(delta.up.shape[0]) if delta.bias is None else delta.bias
+    if delta.magnitude is not None:
+        leaves["lora_magnitude_vector"] = delta.magnitude
+    return leaves
+
+
+def _config_of(modules: Mapping[str, Delta]) -> dict[str, Any]:
+    rank = Counter(delta.rank for delta in modules.values()).most_common(1)[0][0]
+    alpha = Counter(delta.alpha for delta in modules.values()).most_common(1)[0][0]
+    dora = [name for name, delta in modules.items() if delta.magnitude is not None]
+    if dora and len(dora) < len(modules):
+        raise NunchakuError(f"this LoRA is a DoRA in {len(dora)} of {len(modules)} modules; PEFT has it in all or none")
+    return {"r": rank, "lora_alpha": alpha, "target_modules": sorted(modules), "use_dora": bool(dora),
+            "lora_bias": any(delta.bias is not None for delta in modules.values()),
+            "rank_pattern": {f"^{name}": delta.rank for name, delta in modules.items() if delta.rank != rank},
+            "alpha_pattern": {f"^{name}": delta.alpha for name, delta in modules.items() if delta.alpha != alpha}}
+
+
+@contextmanager
+def _state_dict_of(pipe: Any, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Iterator[None]:
+    """Within it the pipeline's converter gives these; it is asked how many things it gives."""
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        shape = type(pipe).lora_state_dict(tensors, *args[1:], **kwargs)
+        if not isinstance(shape, tuple):
+            return dict(tensors)
+        return dict(tensors), *(None for _ in shape[2:]), metadata
+
+    vars(pipe)["lora_state_dict"] = given
+    try:
+        yield
+    finally:
+        vars(pipe).pop("lora_state_dict", None)
+
+
+@contextmanager
+def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[Callable[[str | None], str]]:
+    """What was attached before something went wrong is taken off again. Gives: the adapter's name, if it had none."""
+    before = {name: set(getattr(model, "peft_config", {})) for name, model in models.items()}
+    token = _inside.set(True)
+
+    def new(name: str | None) -> str:
+        added = [set(getattr(model, "peft_config", {})) - before[one] for one, model in models.items()]
+        return name or next((one for names in added for one in names), "default")
+
+    try:
+        yield new
+    except BaseException:
+        if not hotswap:
+            for name, model in models.items():
+                _take_off(model, before[name])
+        raise
+    finally:
+        _inside.reset(token)
+
+
+def _take_off(model: nn.Module, before: set[str]) -> None:
+    from diffusers.utils import recurse_remove_peft_layers
+    from diffusers.utils.peft_utils import delete_adapter_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    held = {name for layer in model.modules() if isinstance(layer, BaseTunerLayer)
+            for name in layer._get_available_adapters()}
+    for name in (set(getattr(model, "peft_config", {})) | held) - before:
+        delete_adapter_layers(model, name)
+    if not before:
+        recurse_remove_peft_layers(model)
+
+
+def _reported(reading: Reading, models: Mapping[str, nn.Module], name: str) -> LoraReport:
+    """Checked by what the models hold now."""
+    from peft.tuners.lora import LoraLayer
+
+    modules: dict[str, int] = {}
+    for component, deltas in reading.deltas.items():
+        if deltas:
+            held = {where for where, layer in models[component].named_modules()
+                    if isinstance(layer, LoraLayer) and name in layer.lora_A}
+            missing = sorted(set(deltas) - held)
+            if missing:
+                raise NunchakuError(f"{len(missing)} modules did not take the LoRA: {some(missing)}")
+            modules[component] = len(deltas)
+    ranks = Counter(delta.rank for deltas in reading.deltas.values() for delta in deltas.values())
+    report = LoraReport(name, reading.format, modules, dict(ranks), tuple(reading.notes))
+    _logger.info("%s", report)
+    for note in reading.notes:
+        _logger.warning("LoRA '%s': %s", name, note)
+    return report
+
+
+def _models(target: Any) -> dict[str, nn.Module]:
+    """The model itself, or those of a pipeline's that LoRAs are for."""
+    if isinstance(target, nn.Module):
+        return {"model": target}
+    found = {name: getattr(target, name, None) for name in getattr(target, "_lora_loadable_modules", ())}
+    return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedSite) for module in model.modules())
