@@ -313,7 +313,8 @@ class QuantizedSite(nn.Module):
                 errors.append(f"{prefix}{name}: expected {dtype_name(dtype)}, got {dtype_name(found.dtype)}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._unpack()
+        if any(prefix + name in state_dict for name in self._parameters):  # not where an adapter is loaded beside it
+            self._unpack()
 
     def _shim(self, *shape: int) -> Tensor:
         """A weight by shape, dtype and device only. NaN, so that code which multiplies by it is noticed."""

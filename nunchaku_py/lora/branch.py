@@ -185,7 +185,7 @@ def keep(site: Any) -> None:
             member.adapters = ()
             member.site = replace(member.site, rank=down.shape[0])
             member.set_branch(None, None, None, "")
-            member.set_tensor("down", down)
+            member.set_tensor("down", down.clone())  # files do not share tensors
             member.set_tensor("up", up)
 
 

@@ -102,11 +102,7 @@ class _Folding:
     def _names(self) -> list[str]:
         """The adapters that a call heeds, and that have been loaded."""
         names = [] if self.disable_adapters else self.merged_adapters or self.active_adapters
-        return [name for name in names if name in self.lora_A and self._is_loaded(name)]
-
-    def _is_loaded(self, name: str) -> bool:
-        halves = self.lora_A[name], self.lora_B[name]
-        return not any(half.weight.is_meta and not hasattr(half, "_hf_hook") for half in halves)
+        return [name for name in names if name in self.lora_A and has_weights(self, name)]
 
     def _pins(self) -> dict[str, float]:
         return vars(self).get("_pinned", {})
@@ -191,13 +187,13 @@ class QuantLoraConv(_Folding, Conv2d):
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT makes the factors of the class of the convolution that it finds: here a plain one must stand in."""
         base = super().get_base_layer()
-        bias = base.bias is not None
-        vars(self)["_plain"] = nn.Conv2d(base.in_channels, base.out_channels, 1, bias=bias, device="meta")
+        plain = nn.Conv2d(base.in_channels, base.out_channels, 1, bias=False, device="meta")
+        plain.weight, plain.bias = nn.Parameter(base.weight, requires_grad=False), base.bias
+        vars(self)["_plain"] = plain
         try:
             super().update_layer(adapter_name, *args, **kwargs)
         finally:
             del vars(self)["_plain"]
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh()
 
 
@@ -234,6 +230,12 @@ def attach_hotswap(module: ModuleType) -> None:
 
 def adapted_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, _Folding)]
+
+
+def has_weights(layer: Any, name: str) -> bool:
+    """Whether an adapter has been loaded; offloaded ones have."""
+    halves = layer.lora_A[name], layer.lora_B[name]
+    return not any(half.weight.is_meta and not hasattr(half, "_hf_hook") for half in halves)
 
 
 def _loaded(layer: Any, _: Any) -> None:

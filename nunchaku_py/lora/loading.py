@@ -25,7 +25,7 @@ from ..errors import NunchakuError
 from ..linear import QuantizedSite
 from .delta import Delta, Target
 from .formats import Reading, read
-from .layers import adapted_layers
+from .layers import adapted_layers, has_weights
 
 _SHOWN = 4
 _FETCH = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
@@ -350,7 +350,7 @@ def _reported(reading: Reading, models: Mapping[str, nn.Module], name: str) -> L
     for component, deltas in reading.deltas.items():
         if deltas:
             held = {where for where, layer in models[component].named_modules()
-                    if isinstance(layer, LoraLayer) and name in layer.lora_A}
+                    if isinstance(layer, LoraLayer) and name in layer.lora_A and has_weights(layer, name)}
             missing = sorted(set(deltas) - held)
             if missing:
                 raise NunchakuError(f"{len(missing)} modules did not take the LoRA: {some(missing)}")
