@@ -73,11 +73,13 @@ def _latents(pictures: Tensor, vae: nn.Module) -> Tensor:
     return ((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).half()
 
 
-def adapted(base: str) -> tuple[Any, nn.Module]:
-    """(pipeline, what is trained): the pipeline's denoiser with an adapter, in fp32, everything else frozen."""
+def adapted(base: str, prepare: Callable[[Any], None] = lambda pipe: None) -> tuple[Any, nn.Module]:
+    """(pipeline, what is trained): the pipeline's denoiser with an adapter, in fp32, everything else frozen. `prepare`
+    may do something to the pipeline before."""
     from peft import LoraConfig
 
     pipe = shipped.pipeline(base, torch.float32).to(DEVICE)
+    prepare(pipe)
     denoiser = getattr(pipe, shipped.DENOISERS[base])
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, denoiser):
         part.requires_grad_(False)
