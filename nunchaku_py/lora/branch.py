@@ -9,8 +9,9 @@ columns of up' and changes no shape; nor does anything else where room is reserv
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 Columns = tuple[tuple[int, int], ...]  # [start, stop) in h
 CUDA_RANKS = 16  # the CUDA kernels multiply by so many ranks at a time, and would pad on every call
 _names = count(1)
+_noted: ContextVar[_Notes | None] = ContextVar("nunchaku_py_noted_folds", default=None)
 
 
 class Adapter(NamedTuple):
@@ -93,15 +95,67 @@ class _Places:
         return start, start + rows.shape[0]
 
 
-@torch.no_grad()
+class _Notes:
+    """What `at_once` defers: layers that are to look what they hold, sites to write, and whether anew."""
+
+    def __init__(self) -> None:
+        self.layers: dict[Any, None] = {}
+        self.sites: dict[Any, bool] = {}
+
+    def write(self) -> None:
+        done: set[Any] = set()
+        for site in [site for site, anew in self.sites.items() if anew]:
+            if site not in done:
+                done.update(_fold(site))
+        for site in self.sites:
+            if site not in done:
+                rescale(site)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Within it `fold` and `rescale` only take note; what they are to write is written once, at the end."""
+    if _noted.get() is not None:
+        yield
+        return
+    notes = _Notes()
+    token = _noted.set(notes)
+    try:
+        yield
+    finally:
+        try:
+            for layer in list(notes.layers):
+                layer.look()
+        finally:
+            _noted.reset(token)
+            notes.write()
+
+
+def looks_later(layer: Any) -> bool:
+    """Whether the layer will be told to look again at the end of `at_once`."""
+    if (notes := _noted.get()) is None:
+        return False
+    notes.layers[layer] = None
+    return True
+
+
 def fold(site: Any) -> None:
     """Write the branch of `site` and of all that share its input, in place where nothing changes its shape."""
+    if (notes := _noted.get()) is not None:
+        notes.sites[site] = True
+    else:
+        _fold(site)
+
+
+@torch.no_grad()
+def _fold(site: Any) -> list[Any]:
+    """As fold; gives the sites."""
     members = _alike(site)
     with present(members):
         if not any(member.adapters or member.adapter_room for member in members):
             for member in members:
                 member.set_branch(None, None, None, "")
-            return
+            return members
         first = members[0]
         down = first.down.data if first.site.rank else first.codes.new_empty((0, first.rows_in), dtype=first.file_dtype)
         places = _Places([down], down.shape[0])
@@ -112,10 +166,11 @@ def fold(site: Any) -> None:
             for member, (_, up, _) in zip(members, branches, strict=True):
                 member.adapter_down.copy_(joint)
                 member.adapter_up.copy_(up)
-            return
+            return members
         name = f"+{next(_names)}"
         for member, branch in zip(members, branches, strict=True):
             member.set_branch(*branch, name)
+        return members
 
 
 def _alike(site: Any) -> list[Any]:
@@ -160,10 +215,10 @@ def _joined(spans: list[tuple[int, int]]) -> Columns:
 def _up(site: Any, columns: Columns) -> Tensor:
     """(N, own ranks): the stored up, then every adapter's at its strength, then zeros."""
     kind = {"dtype": site.file_dtype, "device": site.codes.device}
-    up = torch.zeros(site.rows_out, sum(stop - start for start, stop in columns), **kind)
+    up = torch.empty(site.rows_out, sum(stop - start for start, stop in columns), **kind)
     if site.site.rank:
         up[:, :site.site.rank] = site.up.data
-    _write_strengths(site, up)
+    up[:, _write_strengths(site, up):] = 0
     return up
 
 
@@ -202,28 +257,35 @@ def _spread(site: Any) -> Tensor:
 @torch.no_grad()
 def rescale(site: Any) -> None:
     """Write the strengths of a site's adapters: nothing else has changed."""
+    if (notes := _noted.get()) is not None:
+        notes.sites.setdefault(site, False)
+        return
     with present([site]):
         _write_strengths(site, site.adapter_up)
 
 
-def _write_strengths(site: Any, up: Tensor) -> None:
+def _write_strengths(site: Any, up: Tensor) -> int:
+    """scale·B of every adapter, rounded once; gives where they end."""
     start = site.site.rank
     for adapter in site.adapters:
         own = adapter.columns()
         stop = start + own.shape[1]
-        up[:, start:stop] = own.float().mul_(adapter.scale) if own.dtype != torch.float32 else own * adapter.scale
+        torch.mul(own, adapter.scale, out=up[:, start:stop])
         start = stop
+    return start
 
 
 # -------------------------------------------------------------------------------------------------------------- offload
 def present(sites: Sequence[Any]) -> AbstractContextManager[Any]:
     """Within it the tensors of sites and of their adapters have data, also where accelerate keeps them elsewhere."""
-    stack = ExitStack()
     modules = [*sites, *(half for site in sites for adapter in site.adapters for half in adapter[:2])]
-    absent = {id(module): module for module in modules if any(p.is_meta for p in module.parameters(recurse=False))}
-    if absent:
-        from accelerate.utils import align_module_device
+    absent = {id(module): module for module in modules
+              if any(p is not None and p.is_meta for p in module._parameters.values())}
+    if not absent:
+        return nullcontext()
+    from accelerate.utils import align_module_device
 
-        for module in absent.values():
-            stack.enter_context(align_module_device(module))
+    stack = ExitStack()
+    for module in absent.values():
+        stack.enter_context(align_module_device(module))
     return stack

@@ -19,7 +19,7 @@ from ..errors import NunchakuError
 from ..fusion import is_hooked
 from ..linear import QuantConv1x1, QuantizedSite, QuantLinear
 from ..split_linear import SplitLinear
-from .branch import Adapter, fold, keep, rescale
+from .branch import Adapter, fold, keep, looks_later, rescale
 from .dora import QuantDora
 
 Seen = tuple[Any, ...]  # what a fold was made of
@@ -31,6 +31,7 @@ class _Folding:
 
     folded = True
     _seen: tuple[Seen, ...] = ()
+    _scales: tuple[float, ...] = ()
     _pinned: dict[str, float]
 
     # ---------------------------------------------------------------------------------------------- what PEFT calls
@@ -93,16 +94,22 @@ class _Folding:
         read what was folded before."""
         if torch.compiler.is_compiling() or self.base_layer is not self.get_base_layer():
             return
+        if anew:
+            self._seen = self._scales = ()
+        if not looks_later(self):
+            self.look()
+
+    def look(self) -> None:
         names = self._names()
         self.folded = not any(name in self.lora_variant or self.lora_bias.get(name) for name in names)
-        if anew:
-            self._seen = ()
         self._hold(names if self.folded else [])
 
     def _names(self) -> list[str]:
         """The adapters that a call heeds, and that have been loaded."""
-        names = [] if self.disable_adapters else self.merged_adapters or self.active_adapters
-        return [name for name in names if name in self.lora_A and has_weights(self, name)]
+        if self._disable_adapters:
+            return []
+        names, loaded = self.merged_adapters or self.active_adapters, self.lora_A._modules
+        return [name for name in names if name in loaded and has_weights(self, name)]
 
     def _pins(self) -> dict[str, float]:
         return vars(self).get("_pinned", {})
@@ -110,22 +117,23 @@ class _Folding:
     def _hold(self, names: list[str]) -> None:
         """Let the linear hold these adapters; nothing is written that it holds already."""
         pins = self._pins()
-        seen = tuple((*self._weights(name), pins.get(name, self.scaling[name])) for name in names)
-        if _same(seen, self._seen):
+        seen = tuple(self._weights(name) for name in names)
+        scales = tuple(float(pins.get(name, self.scaling[name])) for name in names)
+        same_weights = _same(seen, self._seen)
+        if same_weights and scales == self._scales:
             return
-        same_weights = bool(seen) and _same([one[:-1] for one in seen], [one[:-1] for one in self._seen])
         for site, first, last in _sites(self.base_layer):
-            site.adapters = tuple(Adapter(self.lora_A[name], self.lora_B[name], float(one[-1]), first, last)
-                                  for name, one in zip(names, seen, strict=True))
-            rescale(site) if same_weights and site.adapter_up is not None else fold(site)
-        self._seen = seen
+            site.adapters = tuple(Adapter(self.lora_A[name], self.lora_B[name], scale, first, last)
+                                  for name, scale in zip(names, scales, strict=True))
+            rescale(site) if same_weights and seen and site.adapter_up is not None else fold(site)
+        self._seen, self._scales = seen, scales
 
     def _weights(self, name: str) -> Seen:
         """The two weights, and by what a change in place is noticed; offloading puts others there, to no effect."""
-        halves = self.lora_A[name].weight, self.lora_B[name].weight
-        if halves[0].is_meta or halves[1].is_meta:
-            return next((one[:-1] for one in self._seen if one[0] == name), (name, *halves, 0, 0))
-        return (name, *halves, *(0 if half.is_inference() else half._version for half in halves))
+        down, up = _weight(self.lora_A, name), _weight(self.lora_B, name)
+        if down.is_meta or up.is_meta:
+            return next((one for one in self._seen if one[0] == name), (name, down, up, 0, 0))
+        return name, down, up, _version(down), _version(up)
 
     def taken_off(self) -> nn.Module:
         """The linear without this layer; adapters that were fused stay in it."""
@@ -234,8 +242,19 @@ def adapted_layers(model: nn.Module) -> list[Any]:
 
 def has_weights(layer: Any, name: str) -> bool:
     """Whether an adapter has been loaded; offloaded ones have."""
-    halves = layer.lora_A[name], layer.lora_B[name]
-    return not any(half.weight.is_meta and not hasattr(half, "_hf_hook") for half in halves)
+    for halves in (layer.lora_A, layer.lora_B):
+        if _weight(halves, name).is_meta and not hasattr(halves[name], "_hf_hook"):
+            return False
+    return True
+
+
+def _weight(halves: nn.ModuleDict, name: str) -> nn.Parameter:
+    """halves[name].weight, several times as fast: hundreds are looked at in every forward."""
+    return halves._modules[name]._parameters["weight"]
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 def _loaded(layer: Any, _: Any) -> None:
@@ -249,9 +268,8 @@ def _sites(module: nn.Module) -> list[tuple[QuantizedSite, int, int | None]]:
     return [(module, 0, None)]
 
 
-def _same(some: Any, others: Any) -> bool:
-    """Tensors are compared as objects."""
+def _same(some: tuple[Seen, ...], others: tuple[Seen, ...]) -> bool:
+    """Names, weights (the very same objects) and versions."""
     return len(some) == len(others) and all(
-        len(one) == len(other) and all(a is b or (not isinstance(a, nn.Parameter) and a == b)
-                                       for a, b in zip(one, other, strict=True))
+        one[0] == other[0] and one[1] is other[1] and one[2] is other[2] and one[3:] == other[3:]
         for one, other in zip(some, others, strict=True))

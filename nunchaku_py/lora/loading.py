@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..checkpoint.manifest import manifest_of
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
+from .branch import at_once
 from .delta import Delta, Target
 from .formats import Reading, read
 from .layers import adapted_layers, has_weights
@@ -60,6 +61,9 @@ def attach_models(module: ModuleType) -> None:
 
     mixin = module.PeftAdapterMixin
     mixin.load_lora_adapter = _around(mixin.load_lora_adapter, _load_into_model)
+    for name in ("set_adapters", "set_adapter", "enable_lora", "disable_lora", "enable_adapters", "disable_adapters",
+                 "delete_adapters", "fuse_lora", "unfuse_lora", "unload_lora"):
+        setattr(mixin, name, _at_once(getattr(mixin, name)))
     diffusers.utils.recurse_remove_peft_layers = _removing(diffusers.utils.recurse_remove_peft_layers)
 
 
@@ -83,6 +87,17 @@ def _around(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
         if _inside.get() or not any(map(_is_quantized, _models(self).values())):
             return original(self, source, *args, **kwargs)
         return ours(original, self, source, *args, **kwargs)
+
+    return method
+
+
+def _at_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, which calls one layer after another; what they fold is written at its end."""
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        with at_once():
+            return original(*args, **kwargs)
 
     return method
 
@@ -319,7 +334,8 @@ def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[Ca
         return name or next((one for names in added for one in names), "default")
 
     try:
-        yield new
+        with at_once():
+            yield new
     except BaseException:
         if not hotswap:
             for name, model in models.items():
