@@ -20,22 +20,13 @@ from .input_key import InputKey, digest_of, input_key
 from .lora.branch import Adapter, Columns, InputGroup, own_columns
 from .module_tools import dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
-from .site import MODES, Mode, Residency, Site, SiteTensors, auto_mode, shift_correction
+from .site import MODES, Mode, Packing, Residency, Site, SiteTensors, auto_mode, shift_correction
 from .tensor import QTensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DERIVED = ("inv_smooth", "folded_codes", "folded_scales", "unshift", "mma_scales", "mma_bias")
 LINEAR_OPS = {"int4": ops.linear_w4a4, "uint4": ops.linear_w4a4, "nvfp4": ops.linear_w4a4,
                "int8": ops.linear_w4a8, "none": ops.linear_w4a16}
-
-
-class Packing(NamedTuple):
-    """What a site's derived tensors are for."""
-
-    mode: Mode
-    residency: Residency
-    device: str  # its type
-    dtype: torch.dtype | None  # of the rows; None where any will do
 
 
 class QuantizedInput(NamedTuple):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,6 +22,15 @@ MODES: tuple[Mode, ...] = ("a4", "a8", "a16")
 # Of an a8 site's weights: INT8 beside the codes; the codes and the scales that rows fold to; the codes alone. Of an a4
 # site's: the codes alone, or with scales in the layout of the CUDA kernels.
 Residency = Literal["folded", "scaled", "codes", "mma"]
+
+
+class Packing(NamedTuple):
+    """What a site's derived tensors are for."""
+
+    mode: Mode
+    residency: Residency
+    device: str  # its type
+    dtype: torch.dtype | None  # of the rows; None where any will do
 
 
 @dataclass(frozen=True)

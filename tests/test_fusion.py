@@ -276,22 +276,24 @@ def test_caches_surround_blocks(flux: tuple) -> None:
     assert same_bits(run(model, inputs), expected) and ran(model, inputs) == ALL
 
 
-@pytest.mark.parametrize(("target", "left"), [
-    ("transformer_blocks.0.ff.net.2", {"norm_modulate_quantize": 6, "gelu_quantize": 5, "gate_residual": 4}),
-    ("single_transformer_blocks.1.proj_mlp", ALL | {"norm_modulate_quantize": 9, "gelu_quantize": 5}),
-    ("transformer_blocks.1.attn.to_k", ALL | {"norm_modulate_quantize": 6, "gate_residual": 4}),
-])
-def test_adapters_are_heeded(flux: tuple, target: str, left: dict[str, int]) -> None:
+@pytest.mark.parametrize("target", ["transformer_blocks.0.ff.net.2", "single_transformer_blocks.1.proj_mlp",
+                                    "transformer_blocks.1.attn.to_k", "single_transformer_blocks.0.proj_out",
+                                    "transformer_blocks.0.norm1.linear", "transformer_blocks.0.attn.to_out.0"])
+def test_adapters_are_heeded(flux: tuple, target: str) -> None:
+    """They are folded into the linears, which go on running together; a hook onto the adapter's layer is seen."""
     from peft import LoraConfig
 
     model, inputs = flux
     before = run(model, inputs)
     model.add_adapter(LoraConfig(r=4, target_modules=[target], init_lora_weights=False))
-    assert ran(model, inputs) == left
+    assert ran(model, inputs) == ALL
     apart = unfused(model)
     assert relative(run(model, inputs), run(apart, inputs)) < 0.05
     assert relative(run(model, inputs), before) > relative(run(model, inputs), run(apart, inputs))
-    assert any("lora" in reason or "alike" in reason for _, reasons in uses(model).values() for reason in reasons)
+    calls = []
+    model.get_submodule(target).register_forward_hook(lambda *_: calls.append(1))
+    run(model, inputs)
+    assert calls
 
 
 def test_ip_adapter_and_attention_arguments() -> None:

@@ -8,7 +8,6 @@ loss fell, on examples and times of their own that are the same for all, against
 from __future__ import annotations
 
 import argparse
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def main() -> None:
     with RowFile(arguments.out, Row) as file:
         for weights in ("16 bit", "INT4"):
             drawer, _ = started(weights != "16 bit")
-            data = data or lora.examples(lora.LORAS[NAME], copy.deepcopy(lora.shipped.pipeline("tiny-flux").vae.float()))
+            data = data or lora.examples(lora.LORAS[NAME], lora.shipped.pipeline("tiny-flux").vae.float())
             print(weights, flush=True)
             curve = trained(drawer, data, arguments.steps, max(1, arguments.steps // 6))
             for step, loss in curve:

@@ -73,7 +73,7 @@ def own_columns(h: Tensor, columns: Columns) -> Tensor:
     return torch.cat([h[:, start:stop] for start, stop in columns], 1)
 
 
-# --------------------------------------------------------------------------------------------------- placing and writing
+# -------------------------------------------------------------------------------------------------- placing and writing
 @dataclass
 class _Places:
     """The rows of a shared down' as they are handed out."""

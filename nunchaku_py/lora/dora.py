@@ -1,5 +1,5 @@
-"""DoRA on a quantized linear: y = (m/‖W + s·BA‖)·(W + s·BA)x + b, with the norm of each row taken of the weight that the
-quantized linear stands for."""
+"""DoRA on a quantized linear: y = (m/‖W + s·BA‖)·(W + s·BA)x + b, with the norm of each row taken of the weight that
+the quantized linear stands for."""
 from __future__ import annotations
 
 from typing import Any

@@ -65,12 +65,13 @@ class _Folding:
         self.refresh()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Pin adapters to the branch at their present strength; no stored tensor changes, so that unmerging is exact."""
+        """Pin adapters to the branch at their present strength. No stored tensor changes: unmerging is exact."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_variant or self.lora_bias.get(name):
-                raise NunchakuError(f"fuse: adapter {name!r} is more than a low-rank term (DoRA, or with a bias), which "
-                                    f"cannot be fused into a quantized linear; leave it active instead")
-            if safe_merge and not all(torch.isfinite(half[name].weight).all() for half in (self.lora_A, self.lora_B)):
+                raise NunchakuError(f"fuse: adapter {name!r} is more than a low-rank term (DoRA, or a bias), which "
+                                    "cannot be fused into a quantized linear; leave it active instead")
+            halves = _weight(self.lora_A, name), _weight(self.lora_B, name)
+            if safe_merge and not all(torch.isfinite(half).all() for half in halves):
                 raise NunchakuError(f"fuse: adapter {name!r} holds NaN or infinite values")
             self._pinned = {**self._pins(), name: float(self.scaling[name])}
             self.merged_adapters.append(name)

@@ -164,7 +164,7 @@ def _load_into_model(original: Callable[..., Any], model: nn.Module, source: Any
     models = {prefix or "transformer": model}
     reading = _read(_fetched(source, kwargs), models, None)
     _check(reading, models, allow_partial)
-    tensors, metadata = _as_peft({"": deltas for deltas in reading.deltas.values()})
+    tensors, metadata = _as_peft({"": next(iter(reading.deltas.values()))})
     for name in (*_FETCH, "network_alphas", "metadata"):
         kwargs.pop(name, None)
     with _whole_or_not(models, hotswap) as names:
