@@ -138,8 +138,9 @@ class QuantizedSite(nn.Module):
 
     def _packing_dtype(self, mode: Mode) -> torch.dtype | None:
         """Only the CUDA kernels of a4 want their scales in the type of the rows."""
-        rows = self.row_dtype or self.compute_dtype
-        return rows if mode == "a4" and cuda.asked_for(self.codes.device) else None
+        if mode != "a4" or not cuda.asked_for(self.codes.device):
+            return None
+        return self.row_dtype or self.compute_dtype
 
     def _residency(self, mode: Mode) -> Residency:
         """Weights stay 4 bits where the kernels take them as they are, or fold them as fast as they read them."""
@@ -172,7 +173,7 @@ class QuantizedSite(nn.Module):
 
     def ensure_packed(self, dtype: torch.dtype | None = None) -> None:
         """Before every call, with the dtype of its rows: offloading may have moved the tensors, or hooked itself on."""
-        if dtype is not None and dtype != self.row_dtype:
+        if dtype is not None and dtype != self.row_dtype and not torch.compiler.is_compiling():
             self.row_dtype = dtype
         here = self.packed
         stale = here is None or here.device != self.codes.device.type or here.dtype != self._packing_dtype(here.mode)

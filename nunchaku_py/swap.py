@@ -165,6 +165,8 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise NunchakuError(f"dequantize takes a model, not {type(model).__name__}: name the pipeline's component")
     quantized_models(model)
+    if any(site.adapters for site in quantized_sites(model)):
+        raise NunchakuError("dequantize: the model carries an adapter (LoRA); unload it before")
     if any(not site.has_data() for site in quantized_sites(model)):
         raise NunchakuError("dequantize: tensors have no data here (meta device); remove the offloading first")
     out = copy.deepcopy(model)

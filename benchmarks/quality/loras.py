@@ -63,8 +63,10 @@ class Case:
     def __init__(self, name: str, count: int) -> None:
         self.name, self.neon = name, name.endswith("neon")
         self.subject = Subject(shipped.LORAS[name], False, Extent(prompts=count, steps=STEPS))
-        self.captions = prompts(count, self.neon)
-        asked = [f"{caption} in neon style" for caption in self.captions] if self.neon else self.captions
+        suffix = " in neon style" if self.neon else ""
+        fits = [caption for caption in prompts(2 * count, self.neon) if self.fits(caption + suffix)]
+        self.captions = fits[:count]
+        asked = [caption + suffix for caption in self.captions]
         vars(self.subject)["prompts"] = asked
         self.plain = self.subject.denoiser
         self.states_without = self.subject.trajectory(self.captions[:8], PROMPT_SEED, STEPS)
@@ -72,6 +74,11 @@ class Case:
         pipe, self.subject.pipe = self.subject.pipe, self.subject.with_denoiser(self.with_lora)
         self.states_with = self.subject.trajectory(asked[:8], PROMPT_SEED, STEPS)
         self.subject.pipe = pipe
+
+    def fits(self, prompt: str) -> bool:
+        """Whether CLIP reads it to its end."""
+        tokenizer = self.subject.pipe.tokenizer
+        return len(tokenizer(prompt).input_ids) <= tokenizer.model_max_length
 
     def adapted(self, model: nn.Module) -> nn.Module:
         found = copy.deepcopy(model)

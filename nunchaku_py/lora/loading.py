@@ -61,6 +61,7 @@ def attach_models(module: ModuleType) -> None:
 
     mixin = module.PeftAdapterMixin
     mixin.load_lora_adapter = _around(mixin.load_lora_adapter, _load_into_model)
+    mixin.save_lora_adapter = _saving(mixin.save_lora_adapter)
     for name in ("set_adapters", "set_adapter", "enable_lora", "disable_lora", "enable_adapters", "disable_adapters",
                  "delete_adapters", "fuse_lora", "unfuse_lora", "unload_lora"):
         setattr(mixin, name, _at_once(getattr(mixin, name)))
@@ -100,6 +101,22 @@ def _at_once(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
 
     return method
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    """diffusers casts the model before, to no dtype where none is asked for, which quantized models refuse."""
+
+    @functools.wraps(original)
+    def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not _is_quantized(self):
+            return original(self, *args, **kwargs)
+        vars(self)["to"] = lambda *_, **__: self
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del vars(self)["to"]
+
+    return save
 
 
 def _removing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import nunchaku_py as nq
-from tests.lora.toys import dense, quantized, relative, run, toy
+from tests.checks import relative, run
+from tests.lora.toys import dense, quantized, toy
 from tests.tiny import MODELS
 
 NAMES = ("flux", "flux2", "sdxl", "sd3", "qwen_image", "z_image", "sana", "pixart", "wan", "chroma")

@@ -37,13 +37,3 @@ def toy(model: nn.Module, names: Iterable[str], rank: int = 4, seed: int = 0, pr
         state[f"{prefix}{name}.lora_B.weight"] = normal(shape[0], rank, *(1 for _ in shape[2:]),
                                                        seed=1000 * seed + 2 * i + 1)
     return state
-
-
-def run(model: nn.Module, inputs: dict) -> Tensor:
-    with torch.no_grad():
-        found = model(**inputs)[0]
-    return found if isinstance(found, Tensor) else torch.cat([one.flatten() for one in found])
-
-
-def relative(some: Tensor, other: Tensor) -> float:
-    return ((some.float() - other.float()).norm() / other.float().norm()).item()
