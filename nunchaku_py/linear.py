@@ -173,7 +173,7 @@ class QuantizedSite(nn.Module):
 
     def ensure_packed(self, dtype: torch.dtype | None = None) -> None:
         """Before every call, with the dtype of its rows: offloading may have moved the tensors, or hooked itself on."""
-        if dtype is not None and dtype != self.row_dtype and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and dtype not in (None, self.row_dtype):
             self.row_dtype = dtype
         here = self.packed
         stale = here is None or here.device != self.codes.device.type or here.dtype != self._packing_dtype(here.mode)
@@ -219,9 +219,8 @@ class QuantizedSite(nn.Module):
             return self.adapter_down.to(dtype), self.adapter_up.to(dtype)
         if self.site.rank:
             return self.down.to(dtype), self.up.to(dtype)
-        device = self.codes.device
-        return (torch.empty(0, self.rows_in, dtype=dtype, device=device),
-                torch.empty(self.rows_out, 0, dtype=dtype, device=device))
+        kind = {"dtype": dtype, "device": self.codes.device}
+        return torch.empty(0, self.rows_in, **kind), torch.empty(self.rows_out, 0, **kind)
 
     def quantize_input(self, rows: Tensor) -> QuantizedInput:
         """rows (M,K) → what `multiply` of this site, and of every site of its group, takes."""
