@@ -17,7 +17,7 @@ from .backends import cpu, cuda
 from .errors import NunchakuError
 from .gradient import StraightThrough, wants_gradient
 from .input_key import InputKey, digest_of, input_key
-from .lora.branch import Adapter, Columns, InputGroup, own_columns
+from .lora.branch import Adapter, Columns, InputGroup, Room, own_columns
 from .module_tools import dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
 from .site import MODES, Mode, Packing, Residency, Site, SiteTensors, auto_mode, shift_correction
@@ -53,7 +53,7 @@ class QuantizedSite(nn.Module):
         self.input_key: InputKey | None = None
         self.group: InputGroup | None = None  # with whom it may share its input
         self.adapters: tuple[Adapter, ...] = ()  # folded into the branch, see lora/branch.py
-        self.adapter_room = 0  # ranks reserved for more of them
+        self.adapter_room = Room()
         self.set_branch(None, None, None, "")
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .compress import shrink
+
 Columns = tuple[tuple[int, int], ...]  # [start, stop) in h
 CUDA_RANKS = 16  # the CUDA kernels multiply by so many ranks at a time, and would pad on every call
 _names = count(1)
@@ -41,6 +43,21 @@ class Adapter(NamedTuple):
     def columns(self) -> Tensor:
         """(N,r) of up' at scale 1."""
         return self.up.weight.detach().flatten(1)
+
+
+class Room(NamedTuple):
+    """Ranks reserved for adapters; and how many they may take at most, where that loses no more than `tolerance`."""
+
+    reserved: int = 0
+    most: int | None = None
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """Stands for a module that holds half of an adapter."""
+
+    weight: Tensor
 
 
 class InputGroup:
@@ -152,16 +169,17 @@ def _fold(site: Any) -> list[Any]:
     """As fold; gives the sites."""
     members = _alike(site)
     with present(members):
-        if not any(member.adapters or member.adapter_room for member in members):
+        if not any(member.adapters or member.adapter_room.reserved for member in members):
             for member in members:
                 member.set_branch(None, None, None, "")
             return members
         first = members[0]
         down = first.down.data if first.site.rank else first.codes.new_empty((0, first.rows_in), dtype=first.file_dtype)
         places = _Places([down], down.shape[0])
-        columns = [_place(member, places) for member in members]
+        taken = [compressed(member)[0] for member in members]
+        columns = [_place(*one, places) for one in zip(members, taken, strict=True)]
         joint = torch.cat(places.rows)
-        branches = [(joint, _up(member, own), own) for member, own in zip(members, columns, strict=True)]
+        branches = [(joint, _up(*one), one[2]) for one in zip(members, taken, columns, strict=True)]
         if all(map(_fits, members, branches)):
             for member, (_, up, _) in zip(members, branches, strict=True):
                 member.adapter_down.copy_(joint)
@@ -181,24 +199,39 @@ def _alike(site: Any) -> list[Any]:
         return [other for other in site.group.sites() if other.input_digest() == site.input_digest()]
 
 
-def _place(site: Any, places: _Places) -> Columns:
+def compressed(site: Any) -> tuple[tuple[Adapter, ...], float]:
+    """The site's adapters, as one of fewer ranks where the room is for fewer; and what share of their product is
+    lost."""
+    room, adapters = site.adapter_room, site.adapters
+    if room.most is None or sum(adapter.rows().shape[0] for adapter in adapters) <= room.most:
+        return adapters, 0.0
+    up = torch.cat([adapter.scale * adapter.columns().float() for adapter in adapters], 1)
+    down = torch.cat([adapter.rows().float() for adapter in adapters])
+    up, down, lost = shrink(up, down, room.most, room.tolerance)
+    if lost > room.tolerance:
+        return adapters, 0.0
+    return (Adapter(_Factor(down), _Factor(up), 1.0),), lost
+
+
+def _place(site: Any, adapters: Sequence[Adapter], places: _Places) -> Columns:
     """Columns of h for the site's stored branch, its adapters, and its room."""
     found = [(0, places.rows[0].shape[0])]
     own = 0
-    for adapter in site.adapters:
+    again = not site.adapter_room.reserved
+    for adapter in adapters:
         rows = adapter.rows().to(places.rows[0])
-        found.append(places.put(rows, again=not site.adapter_room))
+        found.append(places.put(rows, again))
         own += rows.shape[0]
     padding = _padding(site, own)
     if padding:
-        found.append(places.put(places.rows[0].new_zeros(padding, site.rows_in), again=not site.adapter_room))
+        found.append(places.put(places.rows[0].new_zeros(padding, site.rows_in), again))
     return _joined(found)
 
 
 def _padding(site: Any, own: int) -> int:
     """Ranks that are zero: of the room reserved, or up to what the kernels multiply at a time."""
-    if site.adapter_room:
-        return max(-own % site.adapter_room, site.adapter_room - own)
+    if room := site.adapter_room.reserved:
+        return max(-own % room, room - own)
     return -(site.site.rank + own) % CUDA_RANKS if own and site.codes.is_cuda else 0
 
 
@@ -212,13 +245,13 @@ def _joined(spans: list[tuple[int, int]]) -> Columns:
     return tuple(found)
 
 
-def _up(site: Any, columns: Columns) -> Tensor:
+def _up(site: Any, adapters: Sequence[Adapter], columns: Columns) -> Tensor:
     """(N, own ranks): the stored up, then every adapter's at its strength, then zeros."""
     kind = {"dtype": site.file_dtype, "device": site.codes.device}
     up = torch.empty(site.rows_out, sum(stop - start for start, stop in columns), **kind)
     if site.site.rank:
         up[:, :site.site.rank] = site.up.data
-    up[:, _write_strengths(site, up):] = 0
+    up[:, _write_strengths(site, adapters, up):] = 0
     return up
 
 
@@ -260,14 +293,17 @@ def rescale(site: Any) -> None:
     if (notes := _noted.get()) is not None:
         notes.sites.setdefault(site, False)
         return
+    if site.adapter_room.most is not None:
+        _fold(site)  # the strengths may be in a product
+        return
     with present([site]):
-        _write_strengths(site, site.adapter_up)
+        _write_strengths(site, site.adapters, site.adapter_up)
 
 
-def _write_strengths(site: Any, up: Tensor) -> int:
+def _write_strengths(site: Any, adapters: Sequence[Adapter], up: Tensor) -> int:
     """scale·B of every adapter, rounded once; gives where they end."""
     start = site.site.rank
-    for adapter in site.adapters:
+    for adapter in adapters:
         own = adapter.columns()
         stop = start + own.shape[1]
         torch.mul(own, adapter.scale, out=up[:, start:stop])

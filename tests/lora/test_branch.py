@@ -12,7 +12,7 @@ from nunchaku_py.lora.branch import Adapter, InputGroup, at_once, fold, keep, re
 from nunchaku_py.ops.registry import backend
 from nunchaku_py.split_linear import SplitLinear
 from tests.lora.toys import normal
-from tests.test_linear import K, N, linear, site, tensors
+from tests.test_linear import K, N, R, linear, site, tensors
 
 KINDS = [("int4", "w4a4"), ("nvfp4", "w4a4"), ("int4", "w4a16"), ("uint4", "w4a16")]
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # the largest error of rounding 1 + …
@@ -164,6 +164,24 @@ def test_sites_with_other_inputs_keep_theirs() -> None:
     with torch.no_grad():
         give(sites[0], adapter(N, K, 4, 3, 1.0))
     assert sites[2].adapter_down is not None and sites[1].adapter_down is None
+
+
+@torch.no_grad()
+def test_compressed_to_fewer_ranks() -> None:
+    """Two adapters whose product is of fewer ranks than they have; one that would lose too much stays as it is."""
+    module = linear(site(), "a8", torch.bfloat16)
+    x, one = normal(ROWS, K, seed=9, size=1.0), adapter(N, K, 4, 3, 0.5)
+    twice = (one, one._replace(scale=0.25))
+    before = module(x)
+    module.adapter_room = module.adapter_room._replace(most=4, tolerance=1e-3)
+    give(module, *twice)
+    assert module.adapter_up.shape[1] == R + 4
+    assert_added(before, module(x), x, *twice, stored=2 * 2**-8)  # both factors are rounded
+    module.adapters = (one, one._replace(scale=-0.25))
+    rescale(module)
+    assert_added(before, module(x), x, *module.adapters, stored=2 * 2**-8)
+    give(module, one, adapter(N, K, 4, 30, 1.0))
+    assert module.adapter_up.shape[1] == R + 8
 
 
 # ------------------------------------------------------------------------------------------------- what is written when
