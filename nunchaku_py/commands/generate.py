@@ -3,16 +3,19 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..demo import shipped
 from ..errors import NunchakuError
 from ..folders import DENOISERS, read_json
 from .arguments import LARGEST_SEED, whole
 from .sources import (
     Source,
+    check_there,
     device_for,
     loading,
     model_path,
@@ -28,6 +31,7 @@ DESCRIPTION = ("Load a quantized (or 16-bit) pipeline folder, run it on a GPU if
                "come with the package. What is not given keeps the pipeline's own default.")
 EXAMPLES = ('  nunchaku-py generate tiny-flux --prompt "a large red circle on a white background" --out circle.png\n'
             '  nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a lighthouse at dusk" --out lighthouse.png\n'
+            '  nunchaku-py generate tiny-flux --prompt "a red circle in neon style" --lora tiny-flux-neon:0.8\n'
             '  nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a cat" --steps 8 --width 512 --height 512 --mode a16\n')
 # option → what the pipeline calls it
 NAMES = {"prompt": "prompt", "negative_prompt": "negative_prompt", "steps": "num_inference_steps", "width": "width",
@@ -46,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=whole(1), metavar="PIXELS")
     add("--height", type=whole(1), metavar="PIXELS")
     add("--guidance", type=float, metavar="SCALE", help="guidance scale")
+    add("--lora", type=lora_path, action="append", metavar="FILE[:STRENGTH]",
+        help="a LoRA in any community format, or the name of a shipped one; may be given more than once")
     add("--count", type=whole(1), metavar="N", help="images for the prompt")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the initial noise (default 0)")
     add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"), help="activations of the 4-bit linears")
@@ -68,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     call = _arguments(pipe, args, source.call)
     with loading(args.pipeline):
         pipe = pipe.to(device)
+    _put_on(pipe, args.lora or [])
     started = time.monotonic()
     images = _images(_call(pipe, call))
     written = _write(images, args.out)
@@ -83,6 +90,33 @@ def _load(source: Source, args: argparse.Namespace) -> Any:
         pipe = load(source.path, args.mode, torch_dtype(args.dtype or _dtype(source)))
     pipe.set_progress_bar_config(disable=None)  # tqdm: only where somebody watches
     return pipe
+
+
+def lora_path(text: str) -> tuple[Path, float]:
+    """An argparse type: FILE or FILE:STRENGTH; of shipped LoRAs the name is enough."""
+    name, _, strength = text.rpartition(":")
+    try:
+        weight = float(strength) if name else 1.0
+    except ValueError:
+        name, weight = "", 1.0
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"the strength of {text!r} is not a finite number")
+    name = name or text
+    path = Path(name)
+    return (shipped.lora(name) if name in shipped.LORAS and not path.exists() else path), weight
+
+
+def _put_on(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:
+    """Load LoRAs, with their strengths."""
+    if loras and not hasattr(pipe, "load_lora_weights"):
+        raise NunchakuError(f"--lora: {type(pipe).__name__} takes no LoRA")
+    for i, (path, _) in enumerate(loras):
+        check_there(path)
+        with loading(path):
+            report = pipe.load_lora_weights(str(path), adapter_name=f"lora_{i}", weight_name=path.name)
+        print(report or f"LoRA 'lora_{i}': {path}")
+    if loras:
+        pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], [weight for _, weight in loras])
 
 
 def _dtype(source: Source) -> str:
