@@ -358,3 +358,32 @@ def test_dora(inputs: dict) -> None:
         model.fuse_lora()
     model.unload_lora()
     assert torch.equal(run(model, inputs), before)
+
+
+# -------------------------------------------------------------------------------------------------------- text encoders
+@pytest.mark.parametrize("quantize_it", [True, False])
+def test_text_encoders(quantize_it: bool) -> None:
+    from tests.tiny import PIPELINES
+
+    pipe, _ = PIPELINES["flux_prompt"]()
+    nq.quantize(pipe, "rtn-int4", components=["transformer", "text_encoder"] if quantize_it else ["transformer"])
+
+    def image() -> torch.Tensor:
+        return pipe(**PIPELINES["flux_prompt"]()[1]).images
+
+    before = image()
+    linears = [name for name, module in pipe.text_encoder.named_modules() if isinstance(module, nn.Linear)]
+    report = pipe.load_lora_weights(toy(pipe.text_encoder, linears, prefix="text_encoder."), adapter_name="words")
+    assert report.modules == {"text_encoder": len(linears)}
+    after = image()
+    assert relative(after, before) > 0.01 and pipe.get_list_adapters() == {"text_encoder": ["words"]}
+    pipe.set_adapters("words", 0.0)
+    assert torch.equal(image(), before)
+    pipe.set_adapters("words", 1.0)
+    assert torch.equal(image(), after)
+    pipe.disable_lora()
+    assert torch.equal(image(), before)
+    pipe.enable_lora()
+    assert torch.equal(image(), after)
+    pipe.unload_lora_weights()
+    assert torch.equal(image(), before)

@@ -12,9 +12,12 @@ import nunchaku_py as nq
 from nunchaku_py.chain import GELU, no_ending
 from nunchaku_py.explain import _explain_site
 from nunchaku_py.linear import QuantizedSite, QuantLinear
+from nunchaku_py.lora.branch import InputGroup
 from nunchaku_py.ops import backend
 from nunchaku_py.site import Site
 from nunchaku_py.tensor import QTensor
+from tests.lora.test_branch import adapter, assert_added, give
+from tests.lora.toys import normal
 from tests.models.test_flux_blocks import arguments, call
 from tests.tiny_models import MODELS
 
@@ -115,3 +118,29 @@ def test_explain_says_why_a_site_is_not_packed_for_the_kernels() -> None:
     odd = linear(24, 128)
     for said in _explain_site(odd, 1, 4):
         assert said.refusals["cuda"] == "it takes output channels in multiples of 16, not 24"
+
+
+@pytest.mark.usefixtures("as_gpu")
+@torch.no_grad()
+@pytest.mark.parametrize("ranks", [(5, 0), (16, 40), (0, 3)])
+def test_adapters_are_rank_to_the_kernels(ranks: tuple[int, int]) -> None:
+    """Two linears that share an input, packed for the kernels, each with the adapters it has."""
+    first, second = linear(96, 128), linear(64, 128)
+    for name in ("smooth", "down"):
+        second.set_tensor(name, first._parameters[name].data)
+    second.set_mode("a4")
+    InputGroup.of([first, second])
+    x = normal(70, 128, seed=3, size=1.0)
+    before = [one(x) for one in (first, second)]
+    held = [[adapter(one.rows_out, 128, rank, 10 * rank, 0.5)] if rank else []
+            for one, rank in zip((first, second), ranks, strict=True)]
+    for one, adapters in zip((first, second), held, strict=True):
+        give(one, *adapters)
+    assert first.packed.residency == "mma"
+    quantized = first.quantize_input(x)
+    for one, adapters, y in zip((first, second), held, before, strict=True):
+        after = one.multiply(quantized, x.dtype)
+        if adapters:
+            assert_added(y, after, x, *adapters)
+        else:
+            assert torch.equal(after, y)
