@@ -21,6 +21,11 @@ def seen_through(module: Any) -> Any:
     return module if look is None else look(module)
 
 
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """The layers that carry adapters of quantized linears."""
+    return [module for module in model.modules() if hasattr(type(module), "folded_base")]
+
+
 def filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     module.weight.data.copy_(weight)
     if bias is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import NunchakuError
 from ..folders import read_json
 from .headers import Header, TensorHeader, read_header
+from .lora_files import coverage, described
 from .sources import check_there, class_name, model_path, quantization_of, weight_bytes
 from .tables import size, table
 
@@ -21,9 +22,10 @@ DESCRIPTION = ("List the quantized linears of a model folder, a pipeline folder 
                "shape and bytes, what shares an input, and what stayed in 16 bit. Reads headers only, so it takes no\n"
                "longer for a large file. Of other safetensors files it says what they are, as far as that shows.")
 EXAMPLES = ("  nunchaku-py inspect ./FLUX.1-dev-int4\n  nunchaku-py inspect ./transformer-int4.safetensors --all\n"
-            "  nunchaku-py inspect ./some-lora.safetensors\n")
+            "  nunchaku-py inspect ./some-lora.safetensors --for ./FLUX.1-dev-int4\n")
 
 OURS = "nunchaku_py"
+ADAPTER = "adapter weights (LoRA or one of its relatives)"
 LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
 Row = tuple[str, ...]
 
@@ -32,13 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=model_path, metavar="FILE_OR_DIR",
                         help="a .safetensors file, a model or a pipeline")
     parser.add_argument("--all", action="store_true", help="a line for every site, not one for all alike")
+    parser.add_argument("--for", dest="target", type=model_path, metavar="MODEL_OR_PIPELINE_DIR",
+                        help="of a LoRA: say which modules of this model it would change")
 
 
 def run(args: argparse.Namespace) -> int:
     path: Path = args.path
     check_there(path)
+    if args.target is not None and not path.is_file():
+        raise NunchakuError(f"--for: {path} is no LoRA file")
     if path.is_file():
         print(_file(path, args.all))
+        if args.target is not None:
+            print(coverage(path, args.target, args.verbose))
     elif (path / "model_index.json").is_file():
         print(_pipeline(path, args.all))
     elif (path / "config.json").is_file():
@@ -53,7 +61,9 @@ def _file(path: Path, every: bool) -> str:
     config = _config_in(header)
     if quantization_of(config).get("quant_method") == OURS:
         return _ours(str(path), config, header, every)
-    return f"{path}: {kind_of(header)}\n{_stored(header.tensors.values())}"
+    kind = kind_of(header)
+    title = described(path, header, every) if kind == ADAPTER else f"{path}: {kind}"
+    return f"{title}\n{_stored(header.tensors.values())}"
 
 
 def _config_in(header: Header) -> dict[str, Any]:
@@ -197,7 +207,7 @@ def kind_of(header: Header) -> str:
     names = list(header.tensors)
     leaves = {name.rpartition(".")[2] for name in names}
     if any(re.search(r"lora_(A|B|down|up)\b|lora_[AB]\.|\.hada_w1|\.lokr_w1|dora_scale", name) for name in names):
-        return "adapter weights (LoRA or one of its relatives)"
+        return ADAPTER
     if "qweight" in leaves and ({"proj_down", "lora_down", "smooth_factor", "smooth"} & leaves):
         return "an SVDQuant checkpoint of Nunchaku; this release does not read it yet"
     if "codes" in leaves and "scales" in leaves:

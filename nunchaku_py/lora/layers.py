@@ -2,17 +2,15 @@
 that a call is one call of the linear whatever adapters are active. While adapters are trained, or are of a kind that is
 no low-rank term (DoRA), PEFT's own way is taken: the linear without them, and their terms beside it.
 
-This module is imported once PEFT's is: `attach` makes PEFT use these layers.
+`dispatch` makes PEFT use these layers.
 """
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Linear
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import NunchakuError
@@ -207,38 +205,6 @@ class QuantLoraConv(_Folding, Conv2d):
 
 
 LAYERS: dict[type, type] = {QuantLinear: QuantLoraLinear, SplitLinear: QuantLoraLinear, QuantConv1x1: QuantLoraConv}
-
-
-def attach(lora_model: type) -> None:
-    """Let PEFT put our layers around our linears; whoever calls it (diffusers, transformers, PEFT itself) gets them."""
-    original = lora_model._create_new_module
-
-    def create(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer = LAYERS.get(type(base))
-        if layer is None:
-            return original(lora_config, adapter_name, target, **kwargs)
-        return layer(target, adapter_name, config=lora_config, **kwargs)
-
-    lora_model._create_new_module = staticmethod(create)
-
-
-def attach_hotswap(module: ModuleType) -> None:
-    """PEFT swaps weights in a way that leaves no trace in them."""
-    original = module.hotswap_adapter_from_state_dict
-
-    @functools.wraps(original)
-    def swap(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = original(model, *args, **kwargs)
-        for layer in adapted_layers(model):
-            layer.refresh(anew=True)
-        return found
-
-    module.hotswap_adapter_from_state_dict = swap
-
-
-def adapted_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, _Folding)]
 
 
 def has_weights(layer: Any, name: str) -> bool:

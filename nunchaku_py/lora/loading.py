@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ..checkpoint.manifest import manifest_of
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
+from ..module_tools import adapted_layers
 from .branch import at_once
 from .delta import Delta, Target
 from .formats import Reading, read
-from .layers import adapted_layers, has_weights
 
 _SHOWN = 4
 _FETCH = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
@@ -228,13 +228,17 @@ def _alphas_of(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict
     return found
 
 
+def read_for(state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> Reading:
+    """By our reader alone."""
+    return read(state, {name: target_of(model) for name, model in models.items()})
+
+
 def _read(state: dict[str, Tensor], models: Mapping[str, nn.Module], convert: Callable[[], dict] | None) -> Reading:
     """By our reader; where it leaves keys, by diffusers' converter first, if that leaves fewer."""
-    targets = {name: target_of(model) for name, model in models.items()}
-    reading = read(state, targets)
+    reading = read_for(state, models)
     if reading.unread and convert is not None:
         try:
-            second = read(convert(), targets)
+            second = read_for(convert(), models)
         except Exception as error:  # whatever a converter trips over in a file that is not for it
             _logger.info("diffusers' converter does not read this LoRA either: %s", error)
             return reading
@@ -378,6 +382,8 @@ def _take_off(model: nn.Module, before: set[str]) -> None:
 def _reported(reading: Reading, models: Mapping[str, nn.Module], name: str) -> LoraReport:
     """Checked by what the models hold now."""
     from peft.tuners.lora import LoraLayer
+
+    from .layers import has_weights
 
     modules: dict[str, int] = {}
     for component, deltas in reading.deltas.items():
