@@ -1,0 +1,1 @@
+"""LoRA: every community format read to one form, and what is done with it."""
