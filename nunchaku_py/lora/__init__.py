@@ -1,1 +1,1 @@
-"""LoRAs on quantized linears: more rank, and nothing that a kernel hears of."""
+"""LoRAs on quantized linears: files of every format, and adapters as more rank, which no kernel hears of."""
