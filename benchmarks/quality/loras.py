@@ -178,7 +178,8 @@ def main() -> None:
                 file.write(row)
                 rows.append(row)
                 print(f"{name} {row.recipe} {row.mode} #{row.seed}: error {row.error_without:.4f} -> "
-                      f"{row.error_with:.4f} ({row.ratio:.2f}; ideal {row.ideal:.4f}), {row.psnr:.1f} dB, LoRA shows on {row.effect:.0%} "
+                      f"{row.error_with:.4f} ({row.ratio:.2f}; ideal {row.ideal:.4f}), {row.psnr:.1f} dB, "
+                      f"LoRA shows on {row.effect:.0%} "
                       f"(16 bit: {row.effect_16_bit:.0%})", flush=True)
                 if row.seed == 0 and row.recipe == RECIPES[0] and row.mode != "a16":
                     shown[f"INT4 {row.mode} + LoRA"] = pictures

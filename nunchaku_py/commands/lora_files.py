@@ -87,7 +87,8 @@ def coverage(path: Path, target: Path, verbose: bool) -> str:
     """What loading it into this pipeline or model would find."""
     from safetensors.torch import load_file
 
-    from ..lora.loading import read_for, some
+    from ..lora.delta import some
+    from ..lora.loading import read_for
 
     quiet_libraries(verbose)
     source = Source.of(target)

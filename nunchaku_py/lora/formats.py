@@ -4,12 +4,12 @@ A key is parsed (keys.py), its module path is found among the names that the mod
 foreign names as tables), and the tensors of one weight become the Delta of each module (assemble.py)."""
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from ..errors import NunchakuError
+from . import nunchaku
 from .assemble import Group, assemble
 from .delta import Delta, Reading, Target, some
 from .keys import TEXT_ENCODERS, Key, parse
@@ -20,8 +20,6 @@ from .tensors import State, same
 __all__ = ["Delta", "Reading", "Target", "read"]
 
 _CONTROL = "BFL FLUX control"
-_CONVERTED = re.compile(r"\.(?:qkv_proj|qkv_proj_context|out_proj|out_proj_context|mlp_\w*fc[12]|mlp_context_fc[12])"
-                        r"\.lora_(?:down|up)$")
 
 
 def read(state: State, targets: Mapping[str, Target], *, most: int = 512, tolerance: float = 0.0) -> Reading:
@@ -30,7 +28,7 @@ def read(state: State, targets: Mapping[str, Target], *, most: int = 512, tolera
     Changes that are no LoRA (LoHa, LoKr, full differences) get at most the rank `most`. Where they need more, a part
     of each up to `tolerance`, as a share of its Frobenius norm, may be left out.
     """
-    _refuse_converted(state)
+    state, converted = nunchaku.unpacked(state)
     keys = [key for key in map(parse, state) if key is not None]
     if not keys:
         raise NunchakuError(f"no key is one of a LoRA, among {len(state)} keys: {some(sorted(state)) or 'none'}")
@@ -45,15 +43,9 @@ def read(state: State, targets: Mapping[str, Target], *, most: int = 512, tolera
     deltas, left = _assemble(groups, state, fit)
     fit.check()
     done = {key for group in groups for key in group.keys.values()} | search.doubles
-    return Reading(_describe(search.found or keys, search.whose), _ordered(deltas, targets),
+    style = "Nunchaku's converted" if converted else _describe(search.found or keys, search.whose)
+    return Reading(style, _ordered(deltas, targets),
                    sorted(set(state) - done | set(left)), fit.notes())
-
-
-def _refuse_converted(state: Iterable[str]) -> None:
-    converted = sorted(key for key in state if _CONVERTED.search(key))
-    if converted:
-        raise NunchakuError(f"{some(converted)}: this LoRA was converted to Nunchaku's packed form, which is not read; "
-                            "use the original LoRA file")
 
 
 class Search:

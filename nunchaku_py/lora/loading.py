@@ -1,12 +1,7 @@
-"""diffusers' own calls on quantized models: `load_lora_weights`, `load_lora_adapter`, `unload_lora_weights`.
-
-Where a pipeline holds a quantized model its LoRA files are read by `formats.read`, in whatever form they are, checked
-as a whole, and handed on in PEFT's names: every key must find its module, or nothing is loaded. Pipelines and models
-without quantized linears are none of our business.
-"""
+"""Loading a LoRA into a pipeline or a model that holds quantized linears: a file of any form is read and checked as a
+whole, and handed on to diffusers in PEFT's names. Every key must find its module, or nothing is loaded."""
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections import Counter
@@ -14,26 +9,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.manifest import manifest_of
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
-from ..module_tools import adapted_layers
 from .branch import at_once
-from .delta import Delta, Target
-from .formats import Reading, read
+from .delta import Delta, Reading, Target, some
+from .formats import read
 
-_SHOWN = 4
 _FETCH = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
           "revision", "subfolder")
+MOST_RANKS = 512  # of what is no LoRA, and becomes one
 _TEXT = ("lora_te", "text_encoder", "te1_", "te2_", "te3_")
 _logger = logging.getLogger("nunchaku_py")
-_inside: ContextVar[bool] = ContextVar("nunchaku_py_loading_lora", default=False)
+inside: ContextVar[bool] = ContextVar("nunchaku_py_loading_lora", default=False)
 
 
 @dataclass(frozen=True)
@@ -54,120 +46,13 @@ class LoraReport:
         return "; ".join([text, *self.notes])
 
 
-# ---------------------------------------------------------------------------------------------------------- the patches
-def attach_models(module: ModuleType) -> None:
-    """After the import of diffusers.loaders.peft."""
-    import diffusers.utils
-
-    mixin = module.PeftAdapterMixin
-    mixin.load_lora_adapter = _around(mixin.load_lora_adapter, _load_into_model)
-    mixin.save_lora_adapter = _saving(mixin.save_lora_adapter)
-    for name in ("set_adapters", "set_adapter", "enable_lora", "disable_lora", "enable_adapters", "disable_adapters",
-                 "delete_adapters", "fuse_lora", "unfuse_lora", "unload_lora"):
-        setattr(mixin, name, _at_once(getattr(mixin, name)))
-    diffusers.utils.recurse_remove_peft_layers = _removing(diffusers.utils.recurse_remove_peft_layers)
-
-
-def attach_pipelines(module: ModuleType) -> None:
-    """After the import of diffusers.loaders.lora_pipeline."""
-    from diffusers.loaders import lora_base
-
-    lora_base.recurse_remove_peft_layers = _removing(lora_base.recurse_remove_peft_layers)
-    for mixin in [one for one in vars(module).values() if isinstance(one, type)]:
-        if "load_lora_weights" in vars(mixin):
-            mixin.load_lora_weights = _around(mixin.load_lora_weights, _load_into_pipeline)
-    flux = module.FluxLoraLoaderMixin
-    flux._maybe_expand_lora_state_dict = classmethod(_expanding(flux._maybe_expand_lora_state_dict.__func__))
-
-
-def _around(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, unless it is called on something quantized, and not by one of these calls."""
-
-    @functools.wraps(original)
-    def method(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        if _inside.get() or not any(map(_is_quantized, _models(self).values())):
-            return original(self, source, *args, **kwargs)
-        return ours(original, self, source, *args, **kwargs)
-
-    return method
-
-
-def _at_once(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, which calls one layer after another; what they fold is written at its end."""
-
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        with at_once():
-            return original(*args, **kwargs)
-
-    return method
-
-
-def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """diffusers casts the model before, to no dtype where none is asked for, which quantized models refuse."""
-
-    @functools.wraps(original)
-    def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not _is_quantized(self):
-            return original(self, *args, **kwargs)
-        vars(self)["to"] = lambda *_, **__: self
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            del vars(self)["to"]
-
-    return save
-
-
-def _removing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Before diffusers takes PEFT's layers off: what they folded into linears goes, unless it was fused."""
-
-    @functools.wraps(original)
-    def remove(model: nn.Module) -> Any:
-        layers = adapted_layers(model)
-        fused = any(layer.merged for layer in layers)
-        for layer in layers:
-            layer.taken_off()
-        found = original(model)
-        if fused:
-            _restate(model)
-        return found
-
-    return remove
-
-
-def _restate(model: nn.Module) -> None:
-    """Fused adapters have become rank of the model: its config says so, for saving."""
-    config = getattr(model.config, "quantization_config", None)
-    if config is not None:
-        config.sites = manifest_of(model).to_json()["sites"]
-
-
-def _expanding(original: Callable[..., Any]) -> Callable[..., Any]:
-    """FLUX's loader looks weights up by name, to widen LoRAs: of quantized linears there are none, nor the need."""
-
-    @functools.wraps(original)
-    def expand(cls: type, transformer: nn.Module, lora_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        modules = dict(transformer.named_modules())
-        prefix = f"{cls.transformer_name}."
-        ours = {key: value for key, value in lora_state_dict.items()
-                if _is_ours(modules.get(key.removeprefix(prefix).split(".lora_")[0]))}
-        others = {key: value for key, value in lora_state_dict.items() if key not in ours}
-        return {**(original(cls, transformer, others) if others else {}), **ours}
-
-    return expand
-
-
-def _is_ours(module: nn.Module | None) -> bool:
-    return getattr(getattr(module, "base_layer", module), "is_nunchaku_quantized", False)
-
-
 # ------------------------------------------------------------------------------------------------------------ the loads
-def _load_into_pipeline(original: Callable[..., Any], pipe: Any, source: Any, adapter_name: str | None = None,
-                        hotswap: bool = False, allow_partial: bool = False, **kwargs: Any) -> LoraReport:
-    models = _models(pipe)
+def load_into_pipeline(original: Callable[..., Any], pipe: Any, source: Any, adapter_name: str | None = None,
+                        hotswap: bool = False, allow_partial: bool = False, max_rank: int = MOST_RANKS,
+                       tolerance: float = 0.0, **kwargs: Any) -> LoraReport:
+    models, limits = models_of(pipe), {"most": max_rank, "tolerance": tolerance}
     state = _fetched(source, kwargs)
-    reading = _read(state, models, lambda: _converted(pipe, state, models))
+    reading = _read(state, models, limits, lambda: _converted(pipe, state, models))
     _check(reading, models, allow_partial)
     tensors, metadata = _as_peft(reading.deltas)
     with _whole_or_not(models, hotswap) as names:
@@ -176,10 +61,11 @@ def _load_into_pipeline(original: Callable[..., Any], pipe: Any, source: Any, ad
         return _reported(reading, models, names(adapter_name))
 
 
-def _load_into_model(original: Callable[..., Any], model: nn.Module, source: Any, prefix: str | None = "transformer",
-                     hotswap: bool = False, allow_partial: bool = False, **kwargs: Any) -> LoraReport:
+def load_into_model(original: Callable[..., Any], model: nn.Module, source: Any, prefix: str | None = "transformer",
+                    hotswap: bool = False, allow_partial: bool = False, max_rank: int = MOST_RANKS,
+                    tolerance: float = 0.0, **kwargs: Any) -> LoraReport:
     models = {prefix or "transformer": model}
-    reading = _read(_fetched(source, kwargs), models, None)
+    reading = _read(_fetched(source, kwargs), models, {"most": max_rank, "tolerance": tolerance}, None)
     _check(reading, models, allow_partial)
     tensors, metadata = _as_peft({"": next(iter(reading.deltas.values()))})
     for name in (*_FETCH, "network_alphas", "metadata"):
@@ -228,17 +114,18 @@ def _alphas_of(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict
     return found
 
 
-def read_for(state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> Reading:
+def read_for(state: Mapping[str, Tensor], models: Mapping[str, nn.Module], **limits: Any) -> Reading:
     """By our reader alone."""
-    return read(state, {name: target_of(model) for name, model in models.items()})
+    return read(state, {name: target_of(model) for name, model in models.items()}, **limits)
 
 
-def _read(state: dict[str, Tensor], models: Mapping[str, nn.Module], convert: Callable[[], dict] | None) -> Reading:
+def _read(state: dict[str, Tensor], models: Mapping[str, nn.Module], limits: dict[str, Any],
+          convert: Callable[[], dict] | None) -> Reading:
     """By our reader; where it leaves keys, by diffusers' converter first, if that leaves fewer."""
-    reading = read_for(state, models)
+    reading = read_for(state, models, **limits)
     if reading.unread and convert is not None:
         try:
-            second = read_for(convert(), models)
+            second = read_for(convert(), models, **limits)
         except Exception as error:  # whatever a converter trips over in a file that is not for it
             _logger.info("diffusers' converter does not read this LoRA either: %s", error)
             return reading
@@ -280,11 +167,6 @@ def _check(reading: Reading, models: Mapping[str, nn.Module], allow_partial: boo
         reading.notes.append(f"{len(absent)} keys are for text encoders that are not there: {some(absent)}")
     if others:
         reading.notes.append(f"{len(others)} keys found no module: {some(others)}")
-
-
-def some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f", … and {more} more" if more > 0 else "")
 
 
 def _classes(models: Mapping[str, nn.Module]) -> str:
@@ -348,7 +230,7 @@ def _state_dict_of(pipe: Any, tensors: dict[str, Tensor], metadata: dict[str, An
 def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[Callable[[str | None], str]]:
     """What was attached before something went wrong is taken off again. Gives: the adapter's name, if it had none."""
     before = {name: set(getattr(model, "peft_config", {})) for name, model in models.items()}
-    token = _inside.set(True)
+    token = inside.set(True)
 
     def new(name: str | None) -> str:
         added = [set(getattr(model, "peft_config", {})) - before[one] for one, model in models.items()]
@@ -363,7 +245,7 @@ def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[Ca
                 _take_off(model, before[name])
         raise
     finally:
-        _inside.reset(token)
+        inside.reset(token)
 
 
 def _take_off(model: nn.Module, before: set[str]) -> None:
@@ -402,7 +284,7 @@ def _reported(reading: Reading, models: Mapping[str, nn.Module], name: str) -> L
     return report
 
 
-def _models(target: Any) -> dict[str, nn.Module]:
+def models_of(target: Any) -> dict[str, nn.Module]:
     """The model itself, or those of a pipeline's that LoRAs are for."""
     if isinstance(target, nn.Module):
         return {"model": target}
@@ -410,5 +292,5 @@ def _models(target: Any) -> dict[str, nn.Module]:
     return {name: model for name, model in found.items() if isinstance(model, nn.Module)}
 
 
-def _is_quantized(model: nn.Module) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedSite) for module in model.modules())

@@ -4,83 +4,93 @@ read them.
     down: a = r%16, b = c%16      up: a = c%16, b = r%16      (r: rank, c: input or output channel)
     element of the 16×16 tile: ((((a%8)·4 + b%8//2)·2 + a//8)·2 + b//8)·2 + b%2;    tiles by c//16, then r//16
 
-Ranks are padded to 16 with zeros. Modulation layers are not packed, but their outputs are interleaved: row j = c·S + s of
-the file is row s·(N/S) + c of diffusers' (S = 6, or 3 in single blocks).
+Ranks are padded to 16 with zeros. Modulation layers are not packed, but their outputs are interleaved: row j = c·S + s
+of the file is row s·(N/S) + c of diffusers' (S = 6, or 3 in single blocks).
 """
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from .modules import joined
+from ..errors import NunchakuError
 
-_NAMES = {  # diffusers' modules; those of q, k, v stand one after the other
-    "qkv_proj": "attn.to_qkv", "qkv_proj_context": "attn.to_added_qkv", "out_proj": "attn.to_out.0",
-    "out_proj_context": "attn.to_add_out", "mlp_fc1": "ff.net.0.proj", "mlp_fc2": "ff.net.2",
-    "mlp_context_fc1": "ff_context.net.0.proj", "mlp_context_fc2": "ff_context.net.2",
-    "norm1.linear": "norm1.linear", "norm1_context.linear": "norm1_context.linear",
+_DOUBLE, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+_NAMES = {  # of double and single blocks, in names that the table of FLUX.1 has
+    False: {"qkv_proj": "double_blocks.{}.img_attn.qkv", "qkv_proj_context": "double_blocks.{}.txt_attn.qkv",
+            "out_proj": _DOUBLE + "attn.to_out.0", "out_proj_context": _DOUBLE + "attn.to_add_out",
+            "mlp_fc1": _DOUBLE + "ff.net.0.proj", "mlp_fc2": _DOUBLE + "ff.net.2",
+            "mlp_context_fc1": _DOUBLE + "ff_context.net.0.proj", "mlp_context_fc2": _DOUBLE + "ff_context.net.2",
+            "norm1.linear": _DOUBLE + "norm1.linear", "norm1_context.linear": _DOUBLE + "norm1_context.linear"},
+    True: {"qkv_proj": "single_blocks.{}.processor.qkv", "mlp_fc1": _SINGLE + "proj_mlp",
+           "norm.linear": _SINGLE + "norm.linear"},
 }
-_SINGLE = {"qkv_proj": "attn.to_qkv", "mlp_fc1": "proj_mlp", "norm.linear": "norm.linear"}
-_KEY = re.compile(r"(?P<block>(?:single_)?transformer_blocks\.\d+)\.(?P<name>.+)\.lora_(?P<half>down|up)")
-
-
-def is_packed(state: Mapping[str, Tensor]) -> bool:
-    return any(_KEY.fullmatch(name) for name in state)
+_OUTPUT = _SINGLE + "proj_out"  # one linear, which a file has as two: over attention, and over the MLP
+_PARTS = ("out_proj", "mlp_fc2")
+_KEY = re.compile(r"(?P<single>single_)?transformer_blocks\.(?P<number>\d+)\.(?P<name>.+)\.lora_(?P<half>down|up)")
+Halves = dict[str, Tensor]
 
 
 def unpacked(state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], bool]:
     """(the state with such keys in PEFT's names, whether there were any)."""
-    pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
+    found: dict[tuple[bool, str], dict[str, Halves]] = {}
     rest: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        found = _KEY.fullmatch(name)
-        if found is None:
-            rest[name] = tensor
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            rest[key] = tensor
         else:
-            pairs.setdefault((found["block"], found["name"]), {})[found["half"]] = tensor
-    if not pairs:
-        return state, False
-    for block in dict.fromkeys(block for block, _ in pairs):
-        rest |= _block(block, {name: halves for (one, name), halves in pairs.items() if one == block})
-    return rest, True
+            block = found.setdefault((bool(match["single"]), match["number"]), {})
+            block.setdefault(match["name"], {})[match["half"]] = _rows(key, tensor, match["name"], match["half"])
+    for (single, number), modules in found.items():
+        parts = [_whole(modules.pop(name)) for name in _PARTS if single and name in modules]
+        both = len(parts) == 2 and all(len(part) == 2 for part in parts)
+        for part in [joined(parts)] if both else parts:
+            rest |= _named(_OUTPUT.format(number), part)
+        for name, halves in modules.items():
+            own = _NAMES[single].get(name, f"{'single_' * single}{_DOUBLE}{name}").format(number)
+            rest |= _named(own, _whole(halves))
+    return rest, bool(found)
 
 
-def _block(block: str, found: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    single = block.startswith("single_")
-    out: dict[str, Tensor] = {}
-    parts = [_factors(name, found.pop(name)) for name in ("out_proj", "mlp_fc2") if single and name in found]
-    if len(parts) == 2 and all(len(part) == 2 for part in parts):  # one linear over attention and MLP
-        out |= _named(f"{block}.proj_out", dict(zip(("lora_A", "lora_B"), joined([
-            (part["lora_A"], part["lora_B"]) for part in parts]), strict=True)))
-    elif parts:
-        out |= {key: tensor for part in parts for key, tensor in _named(f"{block}.proj_out", part).items()}
-    for name, halves in found.items():
-        out |= _named(f"{block}.{(_SINGLE if single else _NAMES).get(name, name)}", _factors(name, halves))
-    return out
-
-
-def _named(module: str, halves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"transformer.{module}.{half}.weight": tensor for half, tensor in halves.items()}
-
-
-def _factors(name: str, halves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """lora_A (R,K) and lora_B (N,R), without the ranks that are padding."""
+def _rows(key: str, tensor: Tensor, name: str, half: str) -> Tensor:
+    """down (R,K) or up (N,R)."""
+    if tensor.ndim != 2:
+        raise NunchakuError(f"{key}: expected a matrix, got {tuple(tensor.shape)}")
     if name.endswith(".linear"):
         spread = 6 if name.startswith("norm1") else 3
-        out = {"lora_A": halves.get("down"), "lora_B": halves.get("up")}
-        if out["lora_B"] is not None:
-            up = out["lora_B"]
-            out["lora_B"] = up.view(-1, spread, up.shape[1]).transpose(0, 1).reshape(up.shape)
-    else:
-        out = {"lora_A": unpack(halves["down"], True).T if "down" in halves else None,
-               "lora_B": unpack(halves["up"], False) if "up" in halves else None}
-    out = {half: tensor for half, tensor in out.items() if tensor is not None}
-    if len(out) == 2:
-        used = (out["lora_A"] != 0).any(1) | (out["lora_B"] != 0).any(0)
-        out = {"lora_A": out["lora_A"][used].contiguous(), "lora_B": out["lora_B"][:, used].contiguous()}
-    return out
+        return tensor if half == "down" else _in_order(key, tensor, spread)
+    if any(size % 16 for size in tensor.shape):
+        raise NunchakuError(f"{key}: expected (channels, ranks), both multiples of 16, got {tuple(tensor.shape)}")
+    plain = unpack(tensor, half == "down")
+    return plain.T.contiguous() if half == "down" else plain
+
+
+def _in_order(key: str, up: Tensor, spread: int) -> Tensor:
+    if up.shape[0] % spread:
+        raise NunchakuError(f"{key}: expected a multiple of {spread} rows, got {tuple(up.shape)}")
+    return up.view(-1, spread, up.shape[1]).transpose(0, 1).reshape(up.shape)
+
+
+def _whole(halves: Halves) -> Halves:
+    """Without the ranks that are padding."""
+    if len(halves) < 2 or halves["down"].shape[0] != halves["up"].shape[1]:
+        return halves
+    used = (halves["down"] != 0).any(1) | (halves["up"] != 0).any(0)
+    return {"down": halves["down"][used], "up": halves["up"][:, used].contiguous()} if used.any() else halves
+
+
+def _named(module: str, halves: Halves) -> dict[str, Tensor]:
+    names = {"down": "lora_A", "up": "lora_B"}
+    return {f"transformer.{module}.{names[half]}.weight": tensor for half, tensor in halves.items()}
+
+
+def joined(parts: Sequence[Halves]) -> Halves:
+    """Of a module from pairs that read one stretch of its inputs after another."""
+    downs = torch.block_diag(*(part["down"] for part in parts))
+    return {"down": downs, "up": torch.cat([part["up"] for part in parts], 1)}
 
 
 def unpack(packed: Tensor, down: bool) -> Tensor:
@@ -91,18 +101,3 @@ def unpack(packed: Tensor, down: bool) -> Tensor:
     if down:  # a is the rank
         tiles = tiles.transpose(2, 3)
     return tiles.permute(0, 2, 1, 3).reshape(channels, ranks)
-
-
-def pack(plain: Tensor, down: bool) -> Tensor:
-    """The inverse of `unpack`."""
-    channels, ranks = plain.shape
-    tiles = plain.reshape(channels // 16, 16, ranks // 16, 16).permute(0, 2, 1, 3)
-    if down:
-        tiles = tiles.transpose(2, 3)
-    tiles = tiles.reshape(channels // 16, ranks // 16, 2, 8, 2, 4, 2).permute(0, 1, 3, 5, 2, 4, 6)
-    return tiles.reshape(channels, ranks)
-
-
-def interleave(up: Tensor, spread: int) -> Tensor:
-    """Rows of a modulation layer in the file's order."""
-    return up.view(spread, -1, up.shape[1]).transpose(0, 1).reshape(up.shape)

@@ -1,4 +1,4 @@
-"""Adapters in the low-rank branch: what they add, how sites that share an input share them, and what is written when."""
+"""Adapters in the low-rank branch: what they add, how sites share them, and what is written when."""
 from __future__ import annotations
 
 import random
@@ -224,4 +224,4 @@ def test_kept_adapters_are_rank_of_their_own(mode: str) -> None:
     assert all(one.adapter_down is None and one.state_dict()["down"].shape == (11, K) for one in sites)
     assert len({one.ensure_packed() or one.input_key for one in sites}) == 1
     for one, y in zip(sites, before, strict=True):
-        assert (one(x).float() - y.float()).abs().max() <= 2**-7 * y.abs().max()  # zero columns: other sums, one rounding
+        assert (one(x).float() - y.float()).abs().max() <= 2**-7 * y.abs().max()  # zero columns: other sums
