@@ -257,8 +257,10 @@ def _take_off(model: nn.Module, before: set[str]) -> None:
             for name in layer._get_available_adapters()}
     for name in (set(getattr(model, "peft_config", {})) | held) - before:
         delete_adapter_layers(model, name)
+        getattr(model, "peft_config", {}).pop(name, None)  # diffusers forgets it only once it was loaded as a whole
     if not before:
         recurse_remove_peft_layers(model)
+        vars(model).pop("peft_config", None)
 
 
 def _reported(reading: Reading, models: Mapping[str, nn.Module], name: str) -> LoraReport:
