@@ -107,7 +107,7 @@ def _pair(parts: Mapping[str, Tensor], a: str, b: str, core: str, shape: tuple[i
     up, down = parts[a].float(), parts[b].float()
     if core in parts:
         _chain(core, parts[core].shape[:2], (up.shape[0], down.shape[0]))
-        return up.T, torch.einsum("ijhw,jc->ichw", parts[core].float(), down).flatten(1)
+        return up.T.contiguous(), torch.einsum("ijhw,jc->ichw", parts[core].float(), down).flatten(1)
     down = down.flatten(1)
     _chain(b, down.shape[:1], up.shape[1:2])
     return up.flatten(1), down
