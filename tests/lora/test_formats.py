@@ -299,7 +299,6 @@ REFUSED = {
     "expected one kind of change, got LoRA and diff": changed(diff=normal(5, 6, 5)),
     r"lora_B.bias: expected \(6,\)": changed(lora_B__bias=normal(5, 5)),
     "DoRA by columns": changed(dora_scale=normal(5, 1, 5)),
-    "converted to Nunchaku's packed form": {"transformer_blocks.0.qkv_proj.lora_down": normal(1, 128, 16)},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,19 @@ from torch import nn
 import nunchaku_py as nq
 from nunchaku_py import NunchakuError
 from tests.checks import relative, run
-from tests.lora.toys import State, dense, quantized, toy
+from tests.lora.toys import State, dense, normal, quantized, toy
+from tests.lora.writers import (
+    FLUX_FUSED,
+    KOHYA,
+    PEFT,
+    blocks,
+    flattened,
+    lora_of,
+    prefixed,
+    target_of,
+    write,
+    write_fused,
+)
 from tests.tiny import MODELS
 
 PIPELINES = {  # model → pipeline class, and what it calls the model
@@ -232,3 +245,62 @@ def test_pipelines_without_quantized_models_are_left_alone() -> None:
     assert not torch.equal(run(model, inputs), before)
     pipe.unload_lora_weights()
     assert torch.equal(run(model, inputs), before)
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+FORMATS = {
+    "kohya": (flattened("lora_unet_"), KOHYA), "ComfyUI": (prefixed("diffusion_model."), KOHYA),
+    "ai-toolkit": (prefixed("diffusion_model."), PEFT), "fal Kontext": (prefixed("base_model.model."), PEFT),
+}
+
+
+def test_every_format_gives_the_same_bits(flux: tuple, tmp_path: Any) -> None:
+    """A LoRA in diffusers' names and in BFL's, as files, with PEFT's own weights and the model's output compared."""
+    pipe, model, inputs = flux
+    target = target_of(model)
+    table = blocks(FLUX_FUSED, target)
+    lora = lora_of(table, target, alpha=2.0)
+    small = {name: replace(delta, up=delta.up * 0.05) for name, delta in lora.items()}
+    files = {"PEFT": write(small, prefixed("transformer.")), "OneTrainer": write(
+        small, flattened("lora_transformer_"), KOHYA)}
+    files |= {name: write_fused(small, table, *spelling) for name, spelling in FORMATS.items()}
+    before, seen = run(model, inputs), {}
+    for name, state in files.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file({key: tensor.clone() for key, tensor in state.items()}, path)
+        pipe.load_lora_weights(str(path), adapter_name="style")
+        weights = {key: tensor.clone() for key, tensor in model.state_dict().items() if "lora_" in key}
+        scales = {key: dict(layer.scaling) for key, layer in model.named_modules() if hasattr(layer, "scaling")}
+        seen[name] = weights, scales, run(model, inputs)
+        pipe.unload_lora_weights()
+        assert torch.equal(run(model, inputs), before)
+    weights, scales, output = seen["PEFT"]
+    assert relative(output, before) > 0.01 and len(weights) == 2 * len(small)
+    for other_weights, other_scales, other_output in seen.values():
+        assert other_weights.keys() == weights.keys() and other_scales == scales
+        assert all(torch.equal(other_weights[key], tensor) for key, tensor in weights.items())
+        assert torch.equal(other_output, output)
+
+
+def test_lycoris(flux: tuple) -> None:
+    """LoHa and LoKr as diffusers cannot load them: by the weights' change, computed in full."""
+    pipe, model, _ = flux
+    name = "transformer_blocks.0.attn.to_q"
+    factors = {part: normal(*shape, seed=i, size=0.3) for i, (part, shape) in enumerate({
+        "hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (128, 4), "hada_w2_b": (4, 128)}.items())}
+    state = {f"lora_unet_{name.replace('.', '_')}.{part}": tensor for part, tensor in factors.items()}
+    site = model.get_submodule(name)
+    before = site.effective_weight()
+    report = pipe.load_lora_weights(state | {f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(2.0)})
+    assert report.ranks == {16: 1} and "LoHa" in str(report)
+    w = {part: tensor.double() for part, tensor in factors.items()}
+    change = 0.5 * (w["hada_w1_a"] @ w["hada_w1_b"]) * (w["hada_w2_a"] @ w["hada_w2_b"])
+    assert relative(site.effective_weight() - before, change) < 0.01
+    pipe.unload_lora_weights()
+    whole = {f"lora_unet_{name.replace('.', '_')}.lokr_w1": normal(8, 8, seed=1),
+             f"lora_unet_{name.replace('.', '_')}.lokr_w2": normal(16, 16, seed=2)}
+    with pytest.raises(NunchakuError, match="need rank up to 128; rank 64 would keep"):
+        pipe.load_lora_weights(whole, max_rank=64)
+    pipe.load_lora_weights(whole)
+    change = torch.kron(normal(8, 8, seed=1).double(), normal(16, 16, seed=2).double())
+    assert relative(site.effective_weight() - before, change) < 0.01
