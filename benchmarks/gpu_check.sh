@@ -5,6 +5,7 @@
 #   info       what it finds
 #   tests      those that need a GPU
 #   ops        benchmark of single linears                   OUT/ops.csv
+#   lora       what adapters cost a linear                   OUT/lora.csv
 #   pipeline   benchmark of one step of FLUX.1               OUT/pipeline.csv
 #   memcheck   the kernels' tests under compute-sanitizer: accesses out of bounds
 #   racecheck  the same: races in shared memory
@@ -15,7 +16,7 @@
 # take: a step is stopped at its own limit or at this one. A later step runs also where an earlier one failed; the exit
 # status says whether all that ran succeeded.
 set -uo pipefail
-ALL="build info tests ops pipeline memcheck racecheck"
+ALL="build info tests ops lora pipeline memcheck racecheck"
 out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
 shift
 steps=${*:-$ALL}
@@ -78,6 +79,7 @@ check() {
   step info 60 "$python" -m nunchaku_py info
   step tests 150 "$python" -m pytest -q -m gpu
   step ops 120 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv"
+  step lora 60 "$python" -m benchmarks.lora speed --device cuda --seconds 2 --out "$out/lora.csv"
   step pipeline 280 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" --seconds "${PIPELINE_SECONDS:-180}"
   sanitize memcheck 150 compiled
   # Some fifty times slower: kernels of this project only, and no whole models.

@@ -35,7 +35,7 @@ REPEATS = 9
 RANKS = (16, 64, 128)
 ROWS = (256, 1024, 4096)
 WIDTHS = ((3072, 3072), (12288, 3072), (3072, 12288))  # (N, K)
-SECONDS, LIMIT = 20.0, 30.0
+LIMIT = 30.0
 
 
 @dataclass
@@ -56,10 +56,12 @@ class Row:
     over_high: float | str = ""
 
 
-def row(what: str, where: str, rank: int, seconds: Sequence[float], over: Spread | None = None) -> Row:
+def row(what: str, where: str, rank: int, seconds: Sequence[float], over: Spread | None = None,
+        device: str = "cpu") -> Row:
+    machine = provenance() if device == "cpu" else provenance() | {"cpu": torch.cuda.get_device_name()}
     took = Spread.of([1e3 * value for value in seconds])
     ratio = (over.median, over.low, over.high) if over else ("", "", "")
-    return Row(**provenance(), what=what, where=where, rank=rank, median_ms=took.median, low_ms=took.low,
+    return Row(**machine, what=what, where=where, rank=rank, median_ms=took.median, low_ms=took.low,
                high_ms=took.high, over=ratio[0], over_low=ratio[1], over_high=ratio[2])
 
 
@@ -124,16 +126,19 @@ def timed(what: str, where: str, rank: int, call: Callable[[], object], times: i
 
 # ------------------------------------------------------------------------------------------------------ run-time cost
 def speed(args: argparse.Namespace) -> Iterator[Row]:
+    device = torch.device(args.device)
     for n, k in WIDTHS[:1] if args.quick else WIDTHS:
-        yield from compared(f"linear {n}x{k}", lambda r, n=n, k=k: [linear(n, k, r)], args)
-    yield from compared("q, k, v 3072x3072", lambda r: together([linear(3072, 3072, r) for _ in range(3)]), args)
+        yield from compared(f"linear {n}x{k}", lambda r, n=n, k=k: [linear(n, k, r, device)], args)
+    yield from compared("q, k, v 3072x3072", lambda r: together(
+        [linear(3072, 3072, r, device) for _ in range(3)]), args)
 
 
-def linear(n: int, k: int, rank: int) -> QuantLinear:
+def linear(n: int, k: int, rank: int, device: torch.device) -> QuantLinear:
     torch.manual_seed(n + k)
-    site = quantized(nn.Linear(k, n, dtype=BF16), Setting())
+    site = quantized(nn.Linear(k, n, dtype=BF16), Setting()).to(device)
+    site.set_mode("auto")
     if rank:
-        down, up = nn.Linear(k, rank, bias=False, dtype=BF16), nn.Linear(rank, n, bias=False, dtype=BF16)
+        down, up = (nn.Linear(*size, bias=False, dtype=BF16, device=device) for size in ((k, rank), (rank, n)))
         site.adapters = (Adapter(down, up, 1.0),)
         fold(site)
     return site
@@ -152,12 +157,12 @@ def together(sites: list[QuantLinear]) -> list[QuantLinear]:
 def compared(what: str, make: Callable[[int], list[QuantLinear]], args: argparse.Namespace) -> Iterator[Row]:
     made = {rank: make(rank) for rank in (0, *RANKS)}
     for m in ROWS[:1] if args.quick else ROWS:
-        x = torch.randn(m, made[0][0].in_features, dtype=BF16)
+        x = torch.randn(m, made[0][0].in_features, dtype=BF16).to(args.device)
         calls = {str(rank): lambda sites=sites, x=x: run(sites, x) for rank, sites in made.items()}
-        found = interleave(calls, SECONDS / 10 if args.quick else SECONDS, LIMIT)
+        found = interleave(calls, args.seconds, LIMIT)
         for rank in made:
             baseline = found.speedup("0", str(rank))  # times as fast as without: how much longer it takes
-            yield row(what, f"{m} rows", rank, found.rounds[str(rank)], baseline)
+            yield row(what, f"{m} rows", rank, found.rounds[str(rank)], baseline, args.device)
 
 
 @torch.no_grad()
@@ -165,6 +170,8 @@ def run(sites: Sequence[QuantLinear], x: Tensor) -> None:
     quantized_input = sites[0].quantize_input(x)
     for site in sites:
         site.multiply(quantized_input, x.dtype)
+    if x.is_cuda:
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -173,6 +180,8 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path("/tmp/flux-size"))
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--device", default="cpu", help="speed: cpu or cuda")
+    options.add_argument("--seconds", type=float, default=20.0, help="speed: for each comparison")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/lora_cpu.csv"))
     args = options.parse_args()

@@ -14,6 +14,7 @@ from .errors import NunchakuError
 from .fusion import modules_of
 from .linear import QuantizedSite
 from .models.pattern import pattern_of
+from .module_tools import adapted_layers
 from .swap import quantized_models, quantized_sites
 
 
@@ -47,12 +48,13 @@ class PatternUse:
 
 
 class Explanations(list[Explanation]):
-    """A list that prints one sentence a line; then those of the patterns."""
+    """A list that prints one sentence a line; then those of the patterns, and of the adapters that are on."""
 
     patterns: list[PatternUse]
+    adapters: list[str]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, [*self, *self.patterns]))
+        return "\n".join(map(str, [*self, *self.patterns, *self.adapters]))
 
 
 @torch.no_grad()
@@ -69,8 +71,16 @@ def explain(target: object, rows: int = 64) -> Explanations:
     found = Explanations()
     for sites in kinds.values():
         found += _explain_site(sites[0], len(sites), rows)
-    found.patterns = _explain_patterns(models)
+    found.patterns, found.adapters = _explain_patterns(models), _explain_adapters(models)
     return found
+
+
+def _explain_adapters(models: Iterable[nn.Module]) -> list[str]:
+    """How the active ones run: in the quantized linears, or beside them and why."""
+    ways = Counter((" + ".join(layer.active()), layer.why_beside() or "") for model in models
+                   for layer in adapted_layers(model) if layer.active())
+    return [f"adapters {names}: " + (f"beside {count} linears: {why}" if why else f"in the branch of {count} linears")
+            for (names, why), count in ways.items()]
 
 
 def _explain_patterns(models: Iterable[nn.Module]) -> list[PatternUse]:

@@ -99,11 +99,20 @@ class _Folding:
             self.look()
 
     def look(self) -> None:
-        names = self._names()
-        self.folded = not any(name in self.lora_variant or self.lora_bias.get(name) for name in names)
+        names = self.active()
+        self.folded = self.why_beside() is None
         self._hold(names if self.folded else [])
 
-    def _names(self) -> list[str]:
+    def why_beside(self) -> str | None:
+        """Why what is active does not run in the linear, or None."""
+        for name in self.active():
+            if name in self.lora_variant:
+                return f"{name} is a DoRA, which scales what the linear gives"
+            if self.lora_bias.get(name):
+                return f"{name} has a bias"
+        return None
+
+    def active(self) -> list[str]:
         """The adapters that a call heeds, and that have been loaded."""
         if self._disable_adapters:
             return []

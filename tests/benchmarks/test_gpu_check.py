@@ -55,7 +55,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_all_steps_in_order_for_the_gpu_found(tmp_path: Path) -> None:
     answer = Answer(tmp_path, (), sanitizer=SANITIZER)
     assert answer.status == 0 and answer.log.startswith("NVIDIA Fake (8.9), driver 1\n")
-    assert answer.begun == ["build", "info", "tests", "ops", "pipeline", "memcheck", "racecheck"]
+    assert answer.begun == ["build", "info", "tests", "ops", "lora", "pipeline", "memcheck", "racecheck"]
     assert "setup.py -q build_ext --inplace on native" in answer.log
     assert f"--out {tmp_path / 'out/ops.csv'}" in answer.log
     for tool in ("memcheck", "racecheck"):

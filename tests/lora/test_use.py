@@ -98,8 +98,10 @@ def test_peft_takes_its_layers_off(made: tuple) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- what is run
 def test_patterns_run_with_adapters(model: nn.Module) -> None:
-    for pattern in nq.explain(model).patterns:
+    explanation = nq.explain(model)
+    for pattern in explanation.patterns:
         assert not pattern.refusals, pattern
+    assert explanation.adapters == [f"adapters style: in the branch of {len(quantized(model))} linears"]
 
 
 def test_modes(model: nn.Module, inputs: dict) -> None:
@@ -351,6 +353,7 @@ def test_dora(inputs: dict) -> None:
     for one in (model, wide):
         one.load_lora_adapter(dict(state), prefix=None, adapter_name="dora")
     assert relative(run(model, inputs), run(wide, inputs)) < 0.03 < relative(run(model, inputs), before)
+    assert "adapters dora: beside" in str(nq.explain(model)) and "is a DoRA" in str(nq.explain(model))
     model.load_lora_adapter(toy(model, names, seed=1), prefix=None, adapter_name="plain")
     model.set_adapters(["dora", "plain"], [1.0, 0.5])
     assert relative(run(model, inputs), run(wide, inputs)) > 0.01
