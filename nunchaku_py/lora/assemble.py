@@ -114,7 +114,11 @@ _READERS: Mapping[str, Callable] = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr,
 
 
 def _parts(group: Group, state: State, prefix: str) -> dict[str, Tensor]:
-    return {part: weight(state, key) for part, key in group.keys.items() if part.startswith(prefix)}
+    parts = {part: weight(state, key) for part, key in group.keys.items() if part.startswith(prefix)}
+    for part, tensor in parts.items():
+        if tensor.ndim < 2:
+            raise Misfit(f"{group.keys[part]}: expected a matrix, got {tuple(tensor.shape)}")
+    return parts
 
 
 def _scale(group: Group, state: State, rank: int) -> float | None:

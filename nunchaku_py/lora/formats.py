@@ -13,7 +13,7 @@ from . import nunchaku
 from .assemble import Group, assemble
 from .delta import Delta, Reading, Target, some
 from .keys import TEXT_ENCODERS, Key, parse
-from .lycoris import Fit, Misfit
+from .lycoris import Fit, Misfit, Refused
 from .names import Names, Place
 from .tensors import State, same
 
@@ -107,6 +107,8 @@ def _assemble(groups: list[Group], state: State, fit: Fit) -> tuple[dict[tuple[s
             changed, unread = assemble(group, state, fit)
         except Misfit as misfit:
             misfits.append(str(misfit))
+            continue
+        except Refused:
             continue
         left += unread
         for module, delta in changed.items():

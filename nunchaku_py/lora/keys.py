@@ -63,16 +63,12 @@ _CONTAINERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Key:
-    """container is "" where a key begins with the module path itself; style is who writes keys like it."""
+    """style is who writes keys like it, or the method they are of."""
 
     text: str
     part: str
     style: str
     stem: str  # container and module path, as they stand in the key
-
-    @property
-    def container(self) -> str:
-        return next((name for name in _CONTAINERS if self.stem.startswith(name)), "")
 
     def places(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """(components, module path), with one container after the other taken off: text encoders have modules named

@@ -22,6 +22,7 @@ from .compress import NUMERICAL, Spectrum, spectrum_of, spectrum_of_kron, spectr
 from .delta import some
 
 Factors = tuple[Tensor, Tensor]  # up (N, r), down (r, K)
+_MEASURED = 3  # refusals whose spectrum is computed: hundreds of large ones would take minutes, to be refused anyway
 
 
 class Misfit(NunchakuError):
@@ -36,6 +37,10 @@ class Refusal:
     kept: float
 
 
+class Refused(NunchakuError):
+    """Raised for one module, and kept by the Fit, which has the sentence about all of them."""
+
+
 @dataclass
 class Fit:
     """How much rank a module may get, and what came of it."""
@@ -45,13 +50,17 @@ class Fit:
     changed: Counter[tuple[str, str]] = field(default_factory=Counter)
     kept: dict[str, list[float]] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
 
     def factors(self, module: str, kind: str, was: str, rank: int, exact: Callable[[], Factors],
                 spectrum: Callable[[], Spectrum]) -> Factors:
-        """`exact()`, of this rank, or what `spectrum()` offers; a placeholder where that is refused."""
+        """`exact()`, of this rank, or what `spectrum()` offers, which may be too little."""
         if rank <= self.most:
             self.changed[kind, f"{was} became {rank}"] += 1
             return exact()
+        if len(self.refused) == _MEASURED:
+            self.unmeasured.append(module)
+            raise Refused(module)
         found = spectrum()
         needed = found.rank(NUMERICAL)
         if needed <= self.most:
@@ -60,7 +69,7 @@ class Fit:
         rank = found.rank(self.tolerance)
         if not self.tolerance or rank > self.most:
             self.refused.append(Refusal(module, kind, needed, 1 - found.lost(self.most)))
-            return found.take(1)
+            raise Refused(module)
         self.kept.setdefault(kind, []).append(1 - found.lost(rank))
         return found.take(rank)
 
@@ -74,10 +83,11 @@ class Fit:
         if self.refused:
             needed, kept = max(r.needed for r in self.refused), min(r.kept for r in self.refused)
             kinds = " and ".join(sorted({r.kind for r in self.refused}))
+            names = some([*(r.module for r in self.refused), *self.unmeasured])
             raise NunchakuError(
-                f"{some(r.module for r in self.refused)}: as low-rank products these {kinds} changes need rank up to "
-                f"{needed}; rank {self.most} would keep {100 * kept:.3g} % of the norm. Allow more rank, or a "
-                f"tolerance of {_rounded_up(1 - kept)} or more"
+                f"{names}: as low-rank products ({kinds}) these changes need rank {needed}, and rank {self.most} would "
+                f"keep {100 * kept:.3g} % of the norm. Allow more rank, or a tolerance of at least "
+                f"{_rounded_up(1 - kept)}"
             )
 
 
@@ -169,7 +179,7 @@ def _given(parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Gi
 def full(matrix: Tensor, shape: tuple[int, ...], module: str, fit: Fit) -> Factors:
     _expect(module, "diff", tuple(shape), tuple(matrix.shape))
     matrix = matrix.flatten(1)
-    return fit.factors(module, "full differences", "whole matrices", min(matrix.shape),
+    return fit.factors(module, "full difference", "whole matrices", min(matrix.shape),
                        lambda: _with_identity(matrix), lambda: spectrum_of_matrix(matrix))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from diffusers import (
     WanPipeline,
     ZImagePipeline,
 )
+from torch import Tensor
 
 from nunchaku_py.lora.formats import Target, read
 from tests.lora.test_formats import sdxl_foreign
@@ -38,7 +41,7 @@ from tests.lora.writers import (
 from tests.tiny import MODELS
 
 WIDTH = 3072  # of FLUX.1, which its converter takes for granted
-REAL = Target("FluxTransformer2DModel", {name: shape for name, shape in {
+REAL = Target("FluxTransformer2DModel", {
     **{f"transformer_blocks.0.attn.{n}": (WIDTH, WIDTH) for n in (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")},
     **{f"transformer_blocks.0.{n}.net.0.proj": (4 * WIDTH, WIDTH) for n in ("ff", "ff_context")},
@@ -48,29 +51,33 @@ REAL = Target("FluxTransformer2DModel", {name: shape for name, shape in {
     "single_transformer_blocks.0.proj_mlp": (4 * WIDTH, WIDTH),
     "single_transformer_blocks.0.proj_out": (WIDTH, 5 * WIDTH),
     "single_transformer_blocks.0.norm.linear": (3 * WIDTH, WIDTH),
-}.items()})
+})
 
 
-def compare(state: dict, target: Target, theirs_state: dict, component: str = "transformer",
-            alphas: dict | None = None) -> None:
+def compare(state: dict, target: Target, theirs: dict, component: str = "transformer", scale: float = 1.0) -> None:
     """Of every module: alpha/r · up·down of ours, and theirs, which has alpha in the weights or, of UNets, beside."""
     deltas = read(state, {component: target}).deltas[component]
-    theirs = {}
-    for key, up in theirs_state.items():
-        for ending, down_ending in ((".lora_B.weight", ".lora_A.weight"), (".lora.up.weight", ".lora.down.weight"),
-                                    ("_lora.up.weight", "_lora.down.weight")):
+    pairs = dict(_pairs(theirs, f"{component}."))
+    assert set(pairs) == set(deltas)
+    for name, (up, down) in pairs.items():
+        probe = torch.linspace(-1, 1, down[0].numel(), dtype=torch.float64)  # a change of 12288 x 3072 is not made
+        got = deltas[name].alpha / deltas[name].rank * _applied(deltas[name].up, deltas[name].down, probe)
+        assert torch.allclose(got, scale * _applied(up, down, probe), rtol=1e-5, atol=1e-5), name
+
+
+def _applied(up: Tensor, down: Tensor, probe: Tensor) -> Tensor:
+    return up.double().flatten(1) @ (down.double().flatten(1) @ probe)
+
+
+def _pairs(state: dict, prefix: str) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """(module, (up, down)); of UNets the converter names the attention's linears as old processors did."""
+    for key, up in state.items():
+        for ending, other in ((".lora_B.weight", ".lora_A.weight"), (".lora.up.weight", ".lora.down.weight"),
+                              ("_lora.up.weight", "_lora.down.weight")):
             if key.endswith(ending):
-                stem = key.removesuffix(ending)
-                down = theirs_state[stem + down_ending]
-                scale = 1.0 if not alphas else alphas[f"{stem.removesuffix('_lora')}.alpha"] / down.shape[0]
-                theirs[stem.removeprefix(f"{component}.")] = (scale, up, down)
-    assert set(theirs) == set(deltas)
-    for name, (scale, up, down) in theirs.items():
-        probe = torch.linspace(-1, 1, deltas[name].down[0].numel(), dtype=torch.float64)  # no dense 12288 x 3072 here
-        got = deltas[name].alpha / deltas[name].rank * (
-            deltas[name].up.double().flatten(1) @ (deltas[name].down.double().flatten(1) @ probe))
-        want = scale * (up.double().flatten(1) @ (down.double().flatten(1) @ probe))
-        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5), name
+                name = key.removeprefix(prefix).removesuffix(ending)
+                name = re.sub(r"\.processor\.to_out$", ".to_out.0", name)
+                yield name.replace(".processor.", "."), (up, state[key.removesuffix(ending) + other])
 
 
 def converted(pipeline: type, state: dict) -> dict:
@@ -129,14 +136,13 @@ def test_qwen_image() -> None:
 
 
 def test_sdxl() -> None:
-    """Of its attentions, which the converter of diffusers names without fail."""
     target = target_of(MODELS["sdxl"]()[0])
-    lora = random_lora({name: shape for name, shape in target.shapes.items() if ".transformer_blocks." in name
-                        and "ff" in name}, dtype=torch.float32)
-    state = write(lora, sdxl_foreign, KOHYA)
-    converted, alphas = StableDiffusionXLPipeline.lora_state_dict(
+    state = write(random_lora(target.shapes, dtype=torch.float32), sdxl_foreign, KOHYA)
+    theirs, alphas = StableDiffusionXLPipeline.lora_state_dict(
         dict(state), unet_config=SimpleNamespace(layers_per_block=1))
-    compare(state, target, converted, "unet", alphas)
+    assert set(alphas.values()) == {2.0}
+    compare(state, target, theirs, "unet", scale=2.0 / 4)
+    assert len(read(theirs, {"unet": target}).deltas["unet"]) == len(target.shapes)
 
 
 def test_the_change_is_scaled() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from nunchaku_py.errors import NunchakuError
 from nunchaku_py.lora.formats import Target, read
+from nunchaku_py.lora.names_unet import unet_names
 from tests.lora.writers import (
     FLUX2_FUSED,
     FLUX_FUSED,
@@ -163,6 +164,39 @@ def test_sdxl_with_ldm_names() -> None:
     reading = read(write(lora, sdxl_foreign, KOHYA), {"unet": tiny("sdxl")})
     assert_same(reading.deltas["unet"], lora)
     assert reading.format == "kohya (LDM names)" and reading.unread == []
+
+
+def layers(down: list[tuple[int, int]], up: list[tuple[int, int]]) -> list[str]:
+    """One module of every layer of a UNet, whose blocks have so many (resnets, attentions)."""
+    names = [f"{side}_blocks.{n}.{kind}.{place}.{leaf}"
+             for side, counts in (("down", down), ("up", up)) for n, block in enumerate(counts)
+             for kind, count, leaf in zip(("resnets", "attentions"), block, ("conv1", "proj_in"), strict=True)
+             for place in range(count)]
+    names += [f"down_blocks.{n}.downsamplers.0.conv" for n in range(len(down) - 1)]
+    return names + [f"up_blocks.{n}.upsamplers.0.conv" for n in range(len(up) - 1)]
+
+
+@pytest.mark.parametrize(("modules", "known"), [
+    (layers([(2, 0), (2, 2), (2, 2)], [(3, 3), (3, 3), (3, 0)]), {  # SDXL
+        "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks.4.1.proj_in": "down_blocks.1.attentions.0.proj_in",
+        "input_blocks.8.1.proj_in": "down_blocks.2.attentions.1.proj_in",
+        "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.5.1.proj_in": "up_blocks.1.attentions.2.proj_in",
+        "output_blocks.8.0.in_layers.2": "up_blocks.2.resnets.2.conv1"}),
+    (layers([(2, 2), (2, 2), (2, 2), (2, 0)], [(3, 0), (3, 3), (3, 3), (3, 3)]), {  # Stable Diffusion 1
+        "input_blocks.1.1.proj_in": "down_blocks.0.attentions.0.proj_in",
+        "input_blocks.9.0.op": "down_blocks.2.downsamplers.0.conv",
+        "input_blocks.11.0.in_layers.2": "down_blocks.3.resnets.1.conv1",
+        "output_blocks.2.1.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.3.1.proj_in": "up_blocks.1.attentions.0.proj_in",
+        "output_blocks.5.2.conv": "up_blocks.1.upsamplers.0.conv",
+        "output_blocks.11.1.proj_in": "up_blocks.3.attentions.2.proj_in"}),
+])
+def test_ldm_numbers_of_real_unets(modules: list[str], known: dict[str, str]) -> None:
+    names = dict(unet_names(modules))
+    assert len(names) == len(modules) and {foreign: names[foreign] for foreign in known} == known
 
 
 def test_convolutions_of_one_pixel_have_their_axes_or_not() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nunchaku_py.errors import NunchakuError
+from nunchaku_py.lora.compress import spectrum_of_matrix
 from nunchaku_py.lora.formats import Delta, Reading, Target, read
 from tests.lora.writers import change, flattened, normal, target_of
 from tests.tiny import MODELS
@@ -135,10 +136,21 @@ def test_lokr_truncates_as_well_as_an_svd() -> None:
     assert only(reading).rank == 10
     assert float((change(only(reading)) - dense).norm() / dense.norm()) == pytest.approx(lost, abs=1e-6)
     assert reading.notes == [f"1 LoKr module: kept {100 * (1 - lost):.4g} % of the norm"]
-    with pytest.raises(NunchakuError, match="a.b: as low-rank products these LoKr changes need rank up to 16"):
+    with pytest.raises(NunchakuError, match="a.b: as low-rank products \\(LoKr\\) these changes need rank 16"):
         read(state, linear(), most=10, tolerance=lost * 0.999)
     with pytest.raises(NunchakuError, match="Allow more rank, or a tolerance of"):
         read(state, linear(), most=10)
+
+
+def test_a_refusal_does_not_measure_hundreds_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {f"m{n}": (N, K) for n in range(9)}
+    state = {f"{name}.diff": normal(n, N, K) for n, name in enumerate(modules)}
+    measured = []
+    monkeypatch.setattr("nunchaku_py.lora.lycoris.spectrum_of_matrix",
+                        lambda matrix: measured.append(1) or spectrum_of_matrix(matrix))
+    with pytest.raises(NunchakuError, match="m0, m1, m2, … and 6 more: as low-rank products"):
+        read(state, {"unet": Target("Any", modules)}, most=4)
+    assert len(measured) == 3
 
 
 def test_lokr_of_a_convolution() -> None:
@@ -203,6 +215,7 @@ def test_locon_with_a_core() -> None:
     (parts("lokr_", w1=(4, 5), w2=(6, 5)), "expected a change of \\(24, 20\\), got LoKr of \\(24, 25\\)"),
     (parts("lokr_", w1=(4, 5), w2_a=(6, 2)), "half of a pair is missing: no lokr_w2 or lokr_w2_a with lokr_w2_b"),
     (parts("hada_", w1_a=(N, 2), w1_b=(2, K), w2_a=(N, 2)), "no hada_w2_b beside lora_unet_a_b.hada_w1_a"),
+    (parts("lokr_", w1=(4,), w2=(6, 4)), "lokr_w1: expected a matrix, got \\(4,\\)"),
     ({"a.b.diff": normal(1, K, N)}, "expected a change of \\(24, 20\\), got diff of \\(20, 24\\)"),
 ])
 def test_refusals(state: State, sentence: str) -> None:
