@@ -327,6 +327,27 @@ def test_inspect_other_files(pipeline: Path, tmp_path: Path, capsys):
     assert "Nunchaku" in capsys.readouterr().out
 
 
+def test_inspect_a_lora(quantized: Path, tmp_path: Path, capsys, refuses):
+    """What it holds; and which modules of a model it would change."""
+    from safetensors.torch import save_file
+
+    file, name = tmp_path / "l.safetensors", "lora_unet_single_blocks_{}_linear2"
+    state = {f"{name.format(i)}.lora_{half}.weight": torch.ones(*shape) for i in range(2)
+             for half, shape in (("down", (3, 640)), ("up", (128, 3)))}
+    save_file(state | {f"{name.format(0)}.alpha": torch.tensor(1.5), "te.nowhere.lora_A.weight": torch.ones(2, 4)}, file)
+    run("inspect", file)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "kohya" in said and "3 modules" in said and "half a LoRA" in said
+    assert f"{name.format('*')} LoRA 3 1.5 128 640" in said and "5 tensors" in said or "6 tensors" in said
+    save_file(state, file)
+    run("inspect", file, "--for", quantized)
+    assert "(kohya (BFL names)): modules changed: 2 in transformer" in capsys.readouterr().out
+    run("inspect", file, "--for", quantized / "transformer", "--all")
+    assert name.format(1) in capsys.readouterr().out
+    assert "is no LoRA file" in refuses("inspect", quantized, "--for", quantized)
+    assert "no such file" in refuses("inspect", file, "--for", tmp_path / "absent")
+
+
 def test_inspect_refuses_what_it_cannot_read(quantized: Path, tmp_path: Path, refuses):
     assert "no such file" in refuses("inspect", tmp_path / "absent")
     assert "neither a pipeline" in refuses("inspect", tmp_path)
@@ -360,6 +381,28 @@ def test_generate_takes_modes_counts_and_16_bit(pipeline: Path, quantized: Path,
     run("generate", quantized, "--prompt", "a cat", *SMALL, "--mode", "a4", "--count", "2", "--out", tmp_path / "x.png")
     run("generate", pipeline, "--prompt", "a cat", *SMALL, "--out", tmp_path / "y.png")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x-0.png", "x-1.png", "y.png"]
+
+
+def test_generate_with_loras(pipeline: Path, quantized: Path, tmp_path: Path, capsys, refuses):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "style.safetensors"
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 128) / 9,
+               "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(128, 2)}, file)
+    pictures = {}
+    for strength in ("", ":0.5", ":0", None):
+        lora = [] if strength is None else ["--lora", f"{file}{strength}"]
+        run("generate", quantized, "--prompt", "a cat", *SMALL, *lora, "--out", tmp_path / "x.png")
+        pictures[strength] = (tmp_path / "x.png").read_bytes()
+    assert pictures[":0"] == pictures[None] and len(set(pictures.values())) == 3
+    assert "LoRA 'lora_0' (PEFT): 1 of 1 modules (1 in transformer), rank 2 (1)" in capsys.readouterr().out
+    run("generate", quantized, "--prompt", "a cat", *SMALL, "--lora", file, "--lora", f"{file}:-1", "--out",
+        tmp_path / "y.png")
+    assert capsys.readouterr().out.count("1 of 1 modules") == 2
+    run("generate", pipeline, "--prompt", "a cat", *SMALL, "--lora", file, "--out", tmp_path / "z.png")
+    assert "no such file" in refuses("generate", quantized, "--prompt", "a cat", "--lora", tmp_path / "none:0.5")
+    save_file({"x.lora_A.weight": torch.ones(2, 4), "x.lora_B.weight": torch.ones(4, 2)}, file)
+    assert "it is for another model" in refuses("generate", quantized, "--prompt", "a cat", *SMALL, "--lora", file)
 
 
 def test_mistakes_of_generate(pipeline: Path, quantized: Path, tmp_path: Path, refuses):
