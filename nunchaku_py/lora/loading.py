@@ -22,6 +22,7 @@ from .formats import read
 
 _FETCH = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token",
           "revision", "subfolder")
+_NORMS = ("query_norm.scale", "norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")
 MOST_RANKS = 512  # of what is no LoRA, and becomes one
 _TEXT = ("lora_te", "text_encoder", "te1_", "te2_", "te3_")
 _logger = logging.getLogger("nunchaku_py")
@@ -52,6 +53,8 @@ def load_into_pipeline(original: Callable[..., Any], pipe: Any, source: Any, ada
                        tolerance: float = 0.0, **kwargs: Any) -> LoraReport:
     models, limits = models_of(pipe), {"most": max_rank, "tolerance": tolerance}
     state = _fetched(source, kwargs)
+    if _is_control(state, models):
+        return _load_control(original, pipe, state, models, adapter_name, hotswap=hotswap, **kwargs)
     reading = _read(state, models, limits, lambda: _converted(pipe, state, models))
     _check(reading, models, allow_partial)
     tensors, metadata = _as_peft(reading.deltas)
@@ -59,6 +62,28 @@ def load_into_pipeline(original: Callable[..., Any], pipe: Any, source: Any, ada
         with _state_dict_of(pipe, tensors, metadata):
             original(pipe, tensors, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
         return _reported(reading, models, names(adapter_name))
+
+
+def _is_control(state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> bool:
+    """FLUX's control LoRAs widen x_embedder and replace weights of norms, which diffusers knows how to do and undo."""
+    embedder = getattr(models.get("transformer"), "x_embedder", None)
+    if not isinstance(embedder, nn.Module) or "Flux" not in type(models["transformer"]).__name__:
+        return False
+    width = embedder.weight.shape[1]
+    wider = any(key.endswith(("x_embedder.lora_A.weight", "img_in.lora_A.weight")) and tensor.shape[-1] > width
+                for key, tensor in state.items())
+    return wider or any(key.endswith(_NORMS) for key in state)
+
+
+def _load_control(original: Callable[..., Any], pipe: Any, state: dict[str, Tensor], models: Mapping[str, nn.Module],
+                  adapter_name: str | None, **kwargs: Any) -> LoraReport:
+    """By diffusers alone."""
+    with _whole_or_not(models, kwargs["hotswap"]) as names:
+        original(pipe, state, adapter_name=adapter_name, **kwargs)
+        name = names(adapter_name)
+        layers = _adapted(models["transformer"], name)
+    ranks = Counter(layer.r[name] for layer in layers.values())
+    return LoraReport(name, "FLUX control LoRA, by diffusers", {"transformer": len(layers)}, dict(ranks))
 
 
 def load_into_model(original: Callable[..., Any], model: nn.Module, source: Any, prefix: str | None = "transformer",
@@ -265,16 +290,10 @@ def _take_off(model: nn.Module, before: set[str]) -> None:
 
 def _reported(reading: Reading, models: Mapping[str, nn.Module], name: str) -> LoraReport:
     """Checked by what the models hold now."""
-    from peft.tuners.lora import LoraLayer
-
-    from .layers import has_weights
-
     modules: dict[str, int] = {}
     for component, deltas in reading.deltas.items():
         if deltas:
-            held = {where for where, layer in models[component].named_modules()
-                    if isinstance(layer, LoraLayer) and name in layer.lora_A and has_weights(layer, name)}
-            missing = sorted(set(deltas) - held)
+            missing = sorted(set(deltas) - set(_adapted(models[component], name)))
             if missing:
                 raise NunchakuError(f"{len(missing)} modules did not take the LoRA: {some(missing)}")
             modules[component] = len(deltas)
@@ -284,6 +303,16 @@ def _reported(reading: Reading, models: Mapping[str, nn.Module], name: str) -> L
     for note in reading.notes:
         _logger.warning("LoRA '%s': %s", name, note)
     return report
+
+
+def _adapted(model: nn.Module, name: str) -> dict[str, Any]:
+    """The layers that hold weights of the adapter, by the names of their modules."""
+    from peft.tuners.lora import LoraLayer
+
+    from .layers import has_weights
+
+    return {where: layer for where, layer in model.named_modules()
+            if isinstance(layer, LoraLayer) and name in layer.lora_A and has_weights(layer, name)}
 
 
 def models_of(target: Any) -> dict[str, nn.Module]:

@@ -15,6 +15,8 @@ from ..module_tools import adapted_layers
 from .branch import at_once
 from .loading import inside, is_quantized, load_into_model, load_into_pipeline, models_of
 
+_KEPT = "nunchaku_py_before_fusing"
+
 
 def attach_models(module: ModuleType) -> None:
     """After the import of diffusers.loaders.peft."""
@@ -22,6 +24,7 @@ def attach_models(module: ModuleType) -> None:
 
     mixin = module.PeftAdapterMixin
     mixin.load_lora_adapter = _around(mixin.load_lora_adapter, load_into_model)
+    mixin.fuse_lora, mixin.unfuse_lora = _fusing(mixin.fuse_lora), _unfusing(mixin.unfuse_lora)
     mixin.save_lora_adapter = _saving(mixin.save_lora_adapter)
     for name in ("set_adapters", "set_adapter", "enable_lora", "disable_lora", "enable_adapters", "disable_adapters",
                  "delete_adapters", "fuse_lora", "unfuse_lora", "unload_lora"):
@@ -62,6 +65,40 @@ def _at_once(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
 
     return method
+
+
+def _fusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT adds adapters to the weights of layers in 16 bit, and takes them off with another rounding: those of
+    quantized models are kept, so that unfusing is exact in them, too."""
+
+    @functools.wraps(original)
+    def fuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_quantized(self):
+            for layer in _dense_layers(self):
+                if not layer.merged:
+                    kept = {name: tensor.detach().clone() for name, tensor in layer.base_layer.named_parameters()}
+                    vars(layer)[_KEPT] = kept
+        return original(self, *args, **kwargs)
+
+    return fuse
+
+
+def _unfusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def unfuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        for layer in _dense_layers(self):
+            for name, tensor in vars(layer).pop(_KEPT, {}).items():
+                layer.base_layer.get_parameter(name).data.copy_(tensor)
+        return found
+
+    return unfuse
+
+
+def _dense_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers around linears and convolutions in 16 bit."""
+    ours = set(adapted_layers(model))
+    return [layer for layer in model.modules() if hasattr(layer, "lora_A") and layer not in ours]
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:

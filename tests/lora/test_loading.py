@@ -282,6 +282,22 @@ def test_every_format_gives_the_same_bits(flux: tuple, tmp_path: Any) -> None:
         assert torch.equal(other_output, output)
 
 
+def test_control_loras_widen_the_embedder(flux: tuple) -> None:
+    """By diffusers, which also takes them back."""
+    pipe, model, inputs = flux
+    before, width = run(model, inputs), model.x_embedder.in_features
+    state = toy(model, quantized(model), prefix="transformer.")
+    state["transformer.x_embedder.lora_A.weight"] = normal(4, 2 * width, seed=5)
+    state["transformer.x_embedder.lora_B.weight"] = normal(128, 4, seed=6)
+    state["transformer.transformer_blocks.0.attn.norm_q.weight"] = torch.full((64,), 1.5, dtype=torch.bfloat16)
+    report = pipe.load_lora_weights(state, adapter_name="control")
+    assert "control" in report.format and report.modules == {"transformer": len(quantized(model)) + 1}
+    wide = {**inputs, "hidden_states": torch.cat([inputs["hidden_states"]] * 2, -1)}
+    assert model.x_embedder.in_features == 2 * width and relative(run(model, wide), before) > 0.01
+    pipe.unload_lora_weights(reset_to_overwritten_params=True)
+    assert torch.equal(run(model, inputs), before)
+
+
 def test_lycoris(flux: tuple) -> None:
     """LoHa and LoKr as diffusers cannot load them: by the weights' change, computed in full."""
     pipe, model, _ = flux

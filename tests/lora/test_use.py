@@ -330,6 +330,21 @@ def test_saving(model: nn.Module, inputs: dict, tmp_path: Any) -> None:
     assert torch.equal(run(model, inputs), adapted)
 
 
+def test_unfusing_is_exact_in_16_bit_layers_too(inputs: dict) -> None:
+    model, _ = MODELS["flux"]()
+    nq.quantize(model, "rtn-int4")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_lora_adapter(toy(model, [*quantized(model), *dense(model)]), prefix=None, adapter_name="style")
+    adapted = run(model, inputs)
+    model.fuse_lora()
+    assert relative(run(model, inputs), adapted) < 0.02
+    model.unfuse_lora()
+    assert torch.equal(run(model, inputs), adapted)
+    model.unload_lora()
+    assert all(torch.equal(tensor.view(torch.uint8) if tensor.ndim else tensor, before[name].view(torch.uint8)
+                           if tensor.ndim else before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_saving_the_adapter(model: nn.Module, inputs: dict, tmp_path: Any) -> None:
     """What was loaded is what diffusers saves."""
     before = run(model, inputs)
