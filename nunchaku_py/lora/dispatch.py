@@ -3,6 +3,7 @@ PEFT, not before: the layers themselves, which are PEFT's, are imported when the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,14 +31,17 @@ def attach(module: ModuleType) -> None:
 
 
 def attach_hotswap(module: ModuleType) -> None:
-    """After the import of peft.utils.hotswap, which swaps weights in a way that leaves no trace in them."""
-    original = module.hotswap_adapter_from_state_dict
+    """After the import of peft.utils.hotswap, which swaps weights, and pads them before, in ways that leave no trace."""
+    for name in ("hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"):
+        setattr(module, name, _folding_anew(getattr(module, name)))
 
+
+def _folding_anew(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def swap(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def change(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found = original(model, *args, **kwargs)
         for layer in adapted_layers(model):
             layer.refresh(anew=True)
         return found
 
-    module.hotswap_adapter_from_state_dict = swap
+    return change

@@ -100,12 +100,15 @@ class _Folding:
 
     def look(self) -> None:
         names = self.active()
-        self.folded = self.why_beside() is None
+        self.folded = self._why_beside(names) is None
         self._hold(names if self.folded else [])
 
     def why_beside(self) -> str | None:
         """Why what is active does not run in the linear, or None."""
-        for name in self.active():
+        return self._why_beside(self.active())
+
+    def _why_beside(self, names: list[str]) -> str | None:
+        for name in names:
             if name in self.lora_variant:
                 return f"{name} is a DoRA, which scales what the linear gives"
             if self.lora_bias.get(name):
@@ -116,7 +119,7 @@ class _Folding:
         """The adapters that a call heeds, and that have been loaded."""
         if self._disable_adapters:
             return []
-        names, loaded = self.merged_adapters or self.active_adapters, self.lora_A._modules
+        names, loaded = self.merged_adapters or self.active_adapters, self._modules["lora_A"]._modules
         return [name for name in names if name in loaded and has_weights(self, name)]
 
     def _pins(self) -> dict[str, float]:
@@ -138,7 +141,7 @@ class _Folding:
 
     def _weights(self, name: str) -> Seen:
         """The two weights, and by what a change in place is noticed; offloading puts others there, to no effect."""
-        down, up = _weight(self.lora_A, name), _weight(self.lora_B, name)
+        down, up = (_weight(self._modules[half], name) for half in ("lora_A", "lora_B"))
         if down.is_meta or up.is_meta:
             return next((one for one in self._seen if one[0] == name), (name, down, up, 0, 0))
         return name, down, up, _version(down), _version(up)
@@ -218,7 +221,8 @@ LAYERS: dict[type, type] = {QuantLinear: QuantLoraLinear, SplitLinear: QuantLora
 
 def has_weights(layer: Any, name: str) -> bool:
     """Whether an adapter has been loaded; offloaded ones have."""
-    for halves in (layer.lora_A, layer.lora_B):
+    for half in ("lora_A", "lora_B"):  # by way of the tables, as this is looked at in every call
+        halves = layer._modules[half]
         if _weight(halves, name).is_meta and not hasattr(halves[name], "_hf_hook"):
             return False
     return True
