@@ -31,7 +31,7 @@ def attach(module: ModuleType) -> None:
 
 
 def attach_hotswap(module: ModuleType) -> None:
-    """After the import of peft.utils.hotswap, which swaps weights, and pads them before, in ways that leave no trace."""
+    """After the import of peft.utils.hotswap, which swaps weights, and pads them before, and leaves no trace of it."""
     for name in ("hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"):
         setattr(module, name, _folding_anew(getattr(module, name)))
 
@@ -39,9 +39,10 @@ def attach_hotswap(module: ModuleType) -> None:
 def _folding_anew(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def change(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = original(model, *args, **kwargs)
-        for layer in adapted_layers(model):
-            layer.refresh(anew=True)
-        return found
+        try:
+            return original(model, *args, **kwargs)
+        finally:
+            for layer in adapted_layers(model):
+                layer.refresh(anew=True)
 
     return change
