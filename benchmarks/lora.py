@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.flux_size import meta_model
 from benchmarks.machine import provenance
-from benchmarks.rows import RowFile
+from benchmarks.rows import Origin, RowFile
 from benchmarks.sites import Setting, quantized
 from benchmarks.timing import Spread, interleave
 from nunchaku_py.checkpoint.own import load
@@ -39,12 +39,7 @@ LIMIT = 30.0
 
 
 @dataclass
-class Row:
-    date: str
-    commit: str
-    cpu: str
-    torch: str
-    threads: str
+class Row(Origin):
     what: str
     where: str
     rank: int

@@ -12,14 +12,20 @@ from benchmarks.timing import Spread
 
 
 @dataclass
-class Row:
-    """Times are per call; `speedup` is over "torch bf16" of the same process, round by round. README: the columns."""
+class Origin:
+    """What every row begins with: `machine.provenance()`."""
 
     date: str
     commit: str
     cpu: str
     torch: str
     threads: str
+
+
+@dataclass
+class Row(Origin):
+    """Times are per call; `speedup` is over "torch bf16" of the same process, round by round. README: the columns."""
+
     isa: str
     op: str
     contender: str

@@ -24,7 +24,7 @@ import nunchaku_py as nq
 from benchmarks.machine import provenance
 from benchmarks.quality.picture_cells import Extent
 from benchmarks.quality.picture_subjects import Subject, in_fp32
-from benchmarks.rows import RowFile
+from benchmarks.rows import Origin, RowFile
 from nunchaku_py.demo import shipped
 from nunchaku_py.demo.checker import agreement, load_checker
 from nunchaku_py.demo.measure import outputs, paint, psnr, relative_error
@@ -40,12 +40,7 @@ BAR = 1.1
 
 
 @dataclass
-class Row:
-    date: str
-    commit: str
-    cpu: str
-    torch: str
-    threads: str
+class Row(Origin):
     lora: str
     recipe: str
     mode: str

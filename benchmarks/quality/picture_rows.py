@@ -6,18 +6,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.rows import Origin
+
 Number = float | str  # "": not measured
 
 
 @dataclass
-class Row:
+class Row(Origin):
     """One model, quantized in one way, in one activation mode."""
 
-    date: str
-    commit: str
-    cpu: str
-    torch: str
-    threads: str
     model: str
     weights: str  # fingerprint of the denoiser
     stress: str  # "plain" | "stressed"

@@ -16,7 +16,7 @@ from torch import nn
 
 import nunchaku_py as nq
 from benchmarks.machine import provenance
-from benchmarks.rows import RowFile
+from benchmarks.rows import Origin, RowFile
 from nunchaku_py.demo.scenes import described
 
 from . import flux, lora
@@ -28,12 +28,7 @@ PROMPT_SEED, PROMPTS = 7000, 8
 
 
 @dataclass
-class Row:
-    date: str
-    commit: str
-    cpu: str
-    torch: str
-    threads: str
+class Row(Origin):
     weights: str
     step: int
     loss: float
