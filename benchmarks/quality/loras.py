@@ -179,7 +179,7 @@ def main() -> None:
                 if row.seed == 0 and row.recipe == RECIPES[0] and row.mode != "a16":
                     shown[f"INT4 {row.mode} + LoRA"] = pictures
             chosen = case.subject.prompts[:SHOWN // 2]
-            captions += chosen
+            captions += [f"{name}: {prompt}" for prompt in chosen]
             for title, pictures in shown.items():
                 columns.setdefault(title, []).append(pictures[:len(chosen)])
     sheet([(title, torch.cat(parts)) for title, parts in columns.items()], captions).save(arguments.sheet)
