@@ -259,7 +259,12 @@ def _fits(site: Any, branch: tuple[Tensor, Tensor, Columns]) -> bool:
     """Whether it can be written where the site's present branch is, which a compiled graph may have taken."""
     pairs = zip((site.adapter_down, site.adapter_up), branch, strict=False)
     return site.adapter_columns == branch[2] and all(
-        (old.shape, old.device) == (new.shape, new.device) for old, new in pairs)
+        (old.shape, old.device) == (new.shape, new.device) and _writable(old) for old, new in pairs)
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Of inference mode are its tensors for good."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 @torch.no_grad()
@@ -293,7 +298,7 @@ def rescale(site: Any) -> None:
     if (notes := _noted.get()) is not None:
         notes.sites.setdefault(site, False)
         return
-    if site.adapter_room.most is not None:
+    if site.adapter_room.most is not None or not _writable(site.adapter_up):
         _fold(site)  # the strengths may be in a product
         return
     with present([site]):

@@ -28,6 +28,7 @@ class _Folding:
     itself."""
 
     folded = True
+    is_off = False  # taken off its linear, which is none of its business from then on
     _seen: tuple[Seen, ...] = ()
     _scales: tuple[float, ...] = ()
     _pinned: dict[str, float]
@@ -59,6 +60,9 @@ class _Folding:
         self.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise NunchakuError(f"adapter {adapter_name!r} is fused: unfuse before deleting it, or unload all, which "
+                                f"leaves it in the model")
         super().delete_adapter(adapter_name)
         self.refresh()
 
@@ -91,7 +95,7 @@ class _Folding:
     def refresh(self, anew: bool = False) -> None:
         """Fold what is active now, as far as it can be; anew: also what seems to be folded already. Compiled graphs
         read what was folded before."""
-        if torch.compiler.is_compiling() or self.base_layer is not self.get_base_layer():
+        if torch.compiler.is_compiling() or self.is_off or self.base_layer is not self.get_base_layer():
             return
         if anew:
             self._seen = self._scales = ()
@@ -99,6 +103,8 @@ class _Folding:
             self.look()
 
     def look(self) -> None:
+        if self.is_off:
+            return
         names = self.active()
         self.folded = self._why_beside(names) is None
         self._hold(names if self.folded else [])
@@ -152,6 +158,7 @@ class _Folding:
             for site, _, _ in _sites(self.base_layer):
                 keep(site)
         self._hold([])
+        self.is_off = True
         return self.base_layer
 
     def folded_base(self) -> nn.Module:
@@ -161,6 +168,8 @@ class _Folding:
         return self.base_layer
 
     def _takes_peft_way(self) -> bool:
+        if self.is_off:
+            return True
         if torch.compiler.is_compiling():
             return not self.folded
         if torch.is_grad_enabled() and self._trains():
@@ -177,7 +186,7 @@ class _Folding:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not kwargs and not self._takes_peft_way():
             return self.base_layer(x)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self.is_off:
             self._hold([])
         return super().forward(x, *args, **kwargs)
 

@@ -77,6 +77,32 @@ def test_a_layer_somebody_holds_on_to_does_not_keep_its_adapter(model: nn.Module
     held = model.transformer_blocks[0].attn.to_q
     model.unload_lora()
     assert torch.equal(run(model, inputs), before) and held.base_layer is model.transformer_blocks[0].attn.to_q
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert not torch.equal(held(x), held.base_layer(x))  # its adapter beside the linear, which stays as it is
+    assert torch.equal(run(model, inputs), before)
+
+
+def test_what_was_folded_in_inference_mode_can_be_changed_outside(model: nn.Module, inputs: dict) -> None:
+    with torch.inference_mode():
+        model.disable_lora()
+        model.enable_lora()
+    whole = run(model, inputs)
+    model.set_adapters("style", 0.5)
+    assert not torch.equal(run(model, inputs), whole)
+    model.set_adapters("style", 1.0)
+    assert torch.equal(run(model, inputs), whole)
+
+
+def test_a_fused_adapter_is_not_deleted(model: nn.Module, inputs: dict) -> None:
+    before = run(model, inputs)
+    model.fuse_lora()
+    with pytest.raises(NunchakuError, match="is fused: unfuse before deleting it"):
+        model.delete_adapters("style")
+    assert torch.equal(run(model, inputs), before)
+    model.unfuse_lora()
+    model.delete_adapters("style")
+    assert not torch.equal(run(model, inputs), before)
 
 
 def test_peft_takes_its_layers_off(made: tuple) -> None:
