@@ -86,8 +86,8 @@ class Fit:
             names = some([*(r.module for r in self.refused), *self.unmeasured])
             raise NunchakuError(
                 f"{names}: as low-rank products ({kinds}) these changes need rank {needed}, and rank {self.most} would "
-                f"keep {100 * kept:.3g} % of the norm. Allow more rank, or a tolerance of at least "
-                f"{_rounded_up(1 - kept)}"
+                f"keep {100 * kept:.3g} % of the norm. Allow more by max_rank={needed}, or less of it by "
+                f"tolerance={_rounded_up(1 - kept)}"
             )
 
 

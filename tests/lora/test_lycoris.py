@@ -138,7 +138,7 @@ def test_lokr_truncates_as_well_as_an_svd() -> None:
     assert reading.notes == [f"1 LoKr module: kept {100 * (1 - lost):.4g} % of the norm"]
     with pytest.raises(NunchakuError, match="a.b: as low-rank products \\(LoKr\\) these changes need rank 16"):
         read(state, linear(), most=10, tolerance=lost * 0.999)
-    with pytest.raises(NunchakuError, match="Allow more rank, or a tolerance of"):
+    with pytest.raises(NunchakuError, match="Allow more by max_rank=16, or less of it by tolerance="):
         read(state, linear(), most=10)
 
 
