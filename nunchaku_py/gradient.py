@@ -12,12 +12,14 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, site: Any) -> Tensor:
-        ctx.site = site
+        ctx.site, ctx.folded = site, site.folded()
+        if ctx.folded is not None:  # what is folded may change until backward
+            ctx.folded = (ctx.folded[0].clone(), ctx.folded[1].clone(), ctx.folded[2])
         return site.multiply(site.quantize_input(rows), rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad.float() @ ctx.site.effective_weight()).to(grad.dtype), None
+        return (grad.float() @ ctx.site.weight_with(ctx.folded)).to(grad.dtype), None
 
 
 def wants_gradient(rows: Tensor) -> bool:

@@ -7,7 +7,7 @@ GPU, and else at the first call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,13 @@ from .input_key import InputKey, digest_of, input_key
 from .lora.branch import Adapter, Columns, InputGroup, Room, own_columns
 from .module_tools import dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
-from .site import MODES, Mode, Packing, Residency, Site, SiteTensors, auto_mode, shift_correction
+from .site import MODES, Mode, Packing, QuantizedInput, Residency, Site, SiteTensors, auto_mode, shift_correction
 from .tensor import QTensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DERIVED = ("inv_smooth", "folded_codes", "folded_scales", "unshift", "mma_scales", "mma_bias")
 LINEAR_OPS = {"int4": ops.linear_w4a4, "uint4": ops.linear_w4a4, "nvfp4": ops.linear_w4a4,
                "int8": ops.linear_w4a8, "none": ops.linear_w4a16}
-
-
-class QuantizedInput(NamedTuple):
-    """Codes, scales and low-rank hidden state of one input; sites of a group share it."""
-
-    qx: Tensor
-    sx: Tensor
-    h: Tensor
 
 
 class QuantizedSite(nn.Module):
@@ -315,13 +307,20 @@ class QuantizedSite(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """(N,K) fp32: the 16-bit weight this site stands for, adapters included."""
+        return self.weight_with(self.folded())
+
+    def folded(self) -> tuple[Tensor, Tensor, Columns] | None:
+        """What set_branch was given, where it stands for more than the stored branch."""
+        return None if self.adapter_down is None else (self.adapter_down, self.adapter_up, self.adapter_columns)
+
+    def weight_with(self, folded: tuple[Tensor, Tensor, Columns] | None) -> Tensor:
         weight = self.qtensor().dequantize()
         if self.site.has_smooth:
             weight = weight / self.smooth.data.float()
-        down, up = self.branch(torch.float32)
-        if self.adapter_columns is not None:
-            down = own_columns(down.T, self.adapter_columns).T
-        return weight + up @ down
+        if folded is not None:
+            down, up, columns = folded
+            return weight + up.float() @ own_columns(down.T, columns).T.float()
+        return weight + self.up.data.float() @ self.down.data.float() if self.site.rank else weight
 
     def effective_bias(self) -> Tensor | None:
         """(N): the bias without the shift correction, or None."""

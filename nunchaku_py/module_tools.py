@@ -26,6 +26,15 @@ def adapted_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(type(module), "folded_base")]
 
 
+def restate(model: nn.Module) -> None:
+    """Let the config of a quantized model say what ranks its linears have now."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if hasattr(config, "describe"):
+        from .checkpoint.manifest import manifest_of
+
+        config.sites = manifest_of(model).to_json()["sites"]
+
+
 def filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     module.weight.data.copy_(weight)
     if bias is not None:

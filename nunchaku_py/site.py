@@ -33,6 +33,14 @@ class Packing(NamedTuple):
     dtype: torch.dtype | None  # of the rows; None where any will do
 
 
+class QuantizedInput(NamedTuple):
+    """Codes, scales and low-rank hidden state of one input; sites of a group share it."""
+
+    qx: torch.Tensor
+    sx: torch.Tensor
+    h: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Site:
     """The static description of one quantized linear, as `config.json` holds it."""

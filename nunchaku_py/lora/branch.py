@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -96,7 +96,6 @@ class _Places:
     """The rows of a shared down' as they are handed out."""
 
     rows: list[Tensor]
-    used: int
 
     def put(self, rows: Tensor, again: bool) -> tuple[int, int]:
         """Where these rows stand. again: the same rows may stand for two sites, as they do in a LoRA that was trained
@@ -108,7 +107,6 @@ class _Places:
                 return start, stop
             start = stop
         self.rows.append(rows)
-        self.used += rows.shape[0]
         return start, start + rows.shape[0]
 
 
@@ -121,12 +119,17 @@ class _Notes:
 
     def write(self) -> None:
         done: set[Any] = set()
-        for site in [site for site, anew in self.sites.items() if anew]:
-            if site not in done:
-                done.update(_fold(site))
-        for site in self.sites:
-            if site not in done:
-                rescale(site)
+        try:
+            for site in [site for site, anew in self.sites.items() if anew]:
+                if site not in done:
+                    done.update(_fold(site))
+            for site in self.sites:
+                if site not in done:
+                    rescale(site)
+        except BaseException:  # no memory, or Ctrl-C: what was not written must not pass for it
+            for layer in self.layers:
+                layer.forget()
+            raise
 
 
 @contextmanager
@@ -164,34 +167,36 @@ def fold(site: Any) -> None:
         _fold(site)
 
 
-@torch.no_grad()
 def _fold(site: Any) -> list[Any]:
-    """As fold; gives the sites."""
-    members = _alike(site)
-    with present(members):
+    """As fold; gives the sites. What it makes in inference mode must be writable outside."""
+    members = alike(site)
+    with torch.inference_mode(False), torch.no_grad(), present(members):
         if not any(member.adapters or member.adapter_room.reserved for member in members):
             for member in members:
                 member.set_branch(None, None, None, "")
             return members
-        first = members[0]
-        down = first.down.data if first.site.rank else first.codes.new_empty((0, first.rows_in), dtype=first.file_dtype)
-        places = _Places([down], down.shape[0])
-        taken = [compressed(member)[0] for member in members]
-        columns = [_place(*one, places) for one in zip(members, taken, strict=True)]
-        joint = torch.cat(places.rows)
-        branches = [(joint, _up(*one), one[2]) for one in zip(members, taken, columns, strict=True)]
-        if all(map(_fits, members, branches)):
-            for member, (_, up, _) in zip(members, branches, strict=True):
+        joint, branches = branches_of(members)
+        if all(_fits(member, joint, *branch) for member, branch in zip(members, branches, strict=True)):
+            for member, (up, _) in zip(members, branches, strict=True):
                 member.adapter_down.copy_(joint)
                 member.adapter_up.copy_(up)
             return members
         name = f"+{next(_names)}"
         for member, branch in zip(members, branches, strict=True):
-            member.set_branch(*branch, name)
+            member.set_branch(joint, *branch, name)
         return members
 
 
-def _alike(site: Any) -> list[Any]:
+def branches_of(members: Sequence[Any], padded: bool = True) -> tuple[Tensor, list[tuple[Tensor, Columns]]]:
+    """(the down' of all, and the up' of each with its columns)."""
+    first = members[0]
+    down = first.down.data if first.site.rank else first.codes.new_empty((0, first.rows_in), dtype=first.file_dtype)
+    places, taken = _Places([down]), [compressed(member)[0] for member in members]
+    columns = [_place(*one, places, padded) for one in zip(members, taken, strict=True)]
+    return torch.cat(places.rows), [(_up(*one), one[2]) for one in zip(members, taken, columns, strict=True)]
+
+
+def alike(site: Any) -> list[Any]:
     """The site, and those of its group that quantize their input with the same tensors."""
     if site.group is None or not site.site.has_smooth:
         return [site]
@@ -213,17 +218,16 @@ def compressed(site: Any) -> tuple[tuple[Adapter, ...], float]:
     return (Adapter(_Factor(down), _Factor(up), 1.0),), lost
 
 
-def _place(site: Any, adapters: Sequence[Adapter], places: _Places) -> Columns:
+def _place(site: Any, adapters: Sequence[Adapter], places: _Places, padded: bool) -> Columns:
     """Columns of h for the site's stored branch, its adapters, and its room."""
     found = [(0, places.rows[0].shape[0])]
     own = 0
-    again = not site.adapter_room.reserved
+    again = not (padded and site.adapter_room.reserved)
     for adapter in adapters:
         rows = adapter.rows().to(places.rows[0])
         found.append(places.put(rows, again))
         own += rows.shape[0]
-    padding = _padding(site, own)
-    if padding:
+    if padding := _padding(site, own) if padded else 0:
         found.append(places.put(places.rows[0].new_zeros(padding, site.rows_in), again))
     return _joined(found)
 
@@ -255,53 +259,22 @@ def _up(site: Any, adapters: Sequence[Adapter], columns: Columns) -> Tensor:
     return up
 
 
-def _fits(site: Any, branch: tuple[Tensor, Tensor, Columns]) -> bool:
+def _fits(site: Any, down: Tensor, up: Tensor, columns: Columns) -> bool:
     """Whether it can be written where the site's present branch is, which a compiled graph may have taken."""
-    pairs = zip((site.adapter_down, site.adapter_up), branch, strict=False)
-    return site.adapter_columns == branch[2] and all(
-        (old.shape, old.device) == (new.shape, new.device) and _writable(old) for old, new in pairs)
+    pairs = (site.adapter_down, down), (site.adapter_up, up)
+    return site.adapter_columns == columns and all(
+        (old.shape, old.device) == (new.shape, new.device) for old, new in pairs)
 
 
-def _writable(tensor: Tensor) -> bool:
-    """Of inference mode are its tensors for good."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
-
-
-@torch.no_grad()
-def keep(site: Any) -> None:
-    """Make what is folded into `site`, and into all that share its input, part of what they store: more rank."""
-    members = [member for member in _alike(site) if member.adapter_down is not None]
-    with present(members):
-        wide = [_spread(member) for member in members]
-        for member, up in zip(members, wide, strict=True):
-            down = member.adapter_down
-            member.adapters = ()
-            member.site = replace(member.site, rank=down.shape[0])
-            member.set_branch(None, None, None, "")
-            member.set_tensor("down", down.clone())  # files do not share tensors
-            member.set_tensor("up", up)
-
-
-def _spread(site: Any) -> Tensor:
-    """up over all columns of h, zero where it takes none."""
-    wide = site.adapter_up.new_zeros(site.rows_out, site.adapter_down.shape[0])
-    taken = 0
-    for start, stop in site.adapter_columns:
-        wide[:, start:stop] += site.adapter_up[:, taken:taken + stop - start]
-        taken += stop - start
-    return wide
-
-
-@torch.no_grad()
 def rescale(site: Any) -> None:
     """Write the strengths of a site's adapters: nothing else has changed."""
     if (notes := _noted.get()) is not None:
         notes.sites.setdefault(site, False)
         return
-    if site.adapter_room.most is not None or not _writable(site.adapter_up):
+    if site.adapter_room.most is not None:
         _fold(site)  # the strengths may be in a product
         return
-    with present([site]):
+    with torch.inference_mode(False), torch.no_grad(), present([site]):
         _write_strengths(site, site.adapters, site.adapter_up)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..module_tools import adapted_layers
+from ..module_tools import adapted_layers, restate
 
 
 def attach(module: ModuleType) -> None:
@@ -28,6 +28,19 @@ def attach(module: ModuleType) -> None:
         return layer(target, adapter_name, config=lora_config, **kwargs)
 
     module.LoraModel._create_new_module = staticmethod(create)
+    module.LoraModel._unload_and_optionally_merge = _restating(module.LoraModel._unload_and_optionally_merge)
+
+
+def _restating(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What PEFT merges before it takes its layers off has become rank of the model: its config says so, for saving."""
+
+    @functools.wraps(original)
+    def unload(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        restate(found)
+        return found
+
+    return unload
 
 
 def attach_hotswap(module: ModuleType) -> None:

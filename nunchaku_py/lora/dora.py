@@ -51,7 +51,8 @@ class QuantDoraLayer(DoraLinearLayer):
 
     def _cached_norm(self, down: Tensor, up: Tensor, scaling: float, base_layer: nn.Module) -> Tensor:
         """Constant for gradients, as the paper has it."""
-        key = (down.data_ptr(), down._version, up.data_ptr(), up._version, scaling)
+        versions = [0 if half.is_inference() else half._version for half in (down, up)]
+        key = (down.data_ptr(), up.data_ptr(), *versions, scaling)
         if self._norm is None or self._norm[0] != key or self._norm[1].device != self.weight.device:
             self._norm = key, _norm_of(base_layer, down, up, scaling)
         return self._norm[1]

@@ -6,6 +6,7 @@ no low-rank term (DoRA), PEFT's own way is taken: the linear without them, and t
 """
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -17,10 +18,17 @@ from ..errors import NunchakuError
 from ..fusion import is_hooked
 from ..linear import QuantConv1x1, QuantizedSite, QuantLinear
 from ..split_linear import SplitLinear
-from .branch import Adapter, fold, keep, looks_later, rescale
+from .branch import Adapter, fold, looks_later, rescale
 from .dora import QuantDora
+from .keep import keep
 
 Seen = tuple[Any, ...]  # what a fold was made of
+
+
+_READS_WEIGHTS = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")  # ways to initialize adapters
+_NOT_COMPILED = ("adapters of quantized linears are not trained in compiled graphs, through which no gradient flows; "
+                 "call the model under torch.no_grad(), or train it without compiling")
+_LOCK = threading.RLock()
 
 
 class _Folding:
@@ -35,6 +43,10 @@ class _Folding:
 
     # ---------------------------------------------------------------------------------------------- what PEFT calls
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        way = getattr(kwargs.get("config"), "init_lora_weights", None)
+        if isinstance(way, str) and way.lower().startswith(_READS_WEIGHTS):
+            raise NunchakuError(f"init_lora_weights={way!r} changes the weight of the layer, which is quantized; use "
+                                "True or 'gaussian'")
         super().update_layer(*args, **kwargs)
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_loaded)
@@ -68,16 +80,22 @@ class _Folding:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Pin adapters to the branch at their present strength. No stored tensor changes: unmerging is exact."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lora_variant or self.lora_bias.get(name):
-                raise NunchakuError(f"fuse: adapter {name!r} is more than a low-rank term (DoRA, or a bias), which "
-                                    "cannot be fused into a quantized linear; leave it active instead")
-            halves = _weight(self.lora_A, name), _weight(self.lora_B, name)
-            if safe_merge and not all(torch.isfinite(half).all() for half in halves):
-                raise NunchakuError(f"fuse: adapter {name!r} holds NaN or infinite values")
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        self.check_fusable(names, safe_merge)
+        for name in names:
             self._pinned = {**self._pins(), name: float(self.scaling[name])}
             self.merged_adapters.append(name)
         self.refresh()
+
+    def check_fusable(self, names: list[str] | None = None, finite: bool = False) -> None:
+        """Refuse what `merge` could not do with these, or with those that are active."""
+        for name in self.active_adapters if names is None else names:
+            if name in self.lora_variant or self.lora_bias.get(name):
+                raise NunchakuError(f"fuse: adapter {name!r} is more than a low-rank term (DoRA, or a bias), which "
+                                    "cannot be fused into a quantized linear; leave it active instead")
+            if finite and not all(torch.isfinite(_weight(self._modules[half], name)).all()
+                                  for half in ("lora_A", "lora_B") if name in self._modules[half]):
+                raise NunchakuError(f"fuse: adapter {name!r} holds NaN or infinite values")
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()
@@ -98,16 +116,17 @@ class _Folding:
         if torch.compiler.is_compiling() or self.is_off or self.base_layer is not self.get_base_layer():
             return
         if anew:
-            self._seen = self._scales = ()
+            self.forget()
         if not looks_later(self):
             self.look()
 
     def look(self) -> None:
         if self.is_off:
             return
-        names = self.active()
-        self.folded = self._why_beside(names) is None
-        self._hold(names if self.folded else [])
+        with _LOCK:  # layers of a group write each other's branches
+            names = self.active()
+            self.folded = self._why_beside(names) is None
+            self._hold(names if self.folded else [])
 
     def why_beside(self) -> str | None:
         """Why what is active does not run in the linear, or None."""
@@ -155,11 +174,17 @@ class _Folding:
     def taken_off(self) -> nn.Module:
         """The linear without this layer; adapters that were fused stay in it."""
         if self.merged_adapters:
-            for site, _, _ in _sites(self.base_layer):
-                keep(site)
+            keep([site for site in self.sites() if site.adapters])
         self._hold([])
         self.is_off = True
         return self.base_layer
+
+    def sites(self) -> list[QuantizedSite]:
+        return [site for site, _, _ in _sites(self.base_layer)]
+
+    def forget(self) -> None:
+        """Take nothing for written."""
+        self._seen = self._scales = ()
 
     def folded_base(self) -> nn.Module:
         """The linear, where calling it is calling this layer; else the layer itself."""
@@ -170,9 +195,12 @@ class _Folding:
     def _takes_peft_way(self) -> bool:
         if self.is_off:
             return True
+        trains = torch.is_grad_enabled() and self._trains()
         if torch.compiler.is_compiling():
+            if trains:
+                raise NunchakuError(_NOT_COMPILED)
             return not self.folded
-        if torch.is_grad_enabled() and self._trains():
+        if trains:
             return True
         self.refresh()
         return not self.folded
@@ -188,6 +216,7 @@ class _Folding:
             return self.base_layer(x)
         if not torch.compiler.is_compiling() and not self.is_off:
             self._hold([])
+            self.folded = False
         return super().forward(x, *args, **kwargs)
 
 
@@ -214,6 +243,8 @@ class QuantLoraConv(_Folding, Conv2d):
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT makes the factors of the class of the convolution that it finds: here a plain one must stand in."""
+        if getattr(kwargs.get("config"), "use_dora", False):
+            raise NunchakuError("DoRA is not known on quantized 1x1 convolutions")
         base = super().get_base_layer()
         plain = nn.Conv2d(base.in_channels, base.out_channels, 1, bias=False, device="meta")
         plain.weight, plain.bias = nn.Parameter(base.weight, requires_grad=False), base.bias

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint.manifest import manifest_of
-from ..module_tools import adapted_layers
+from ..module_tools import adapted_layers, restate
 from .branch import at_once
+from .keep import keep
 from .loading import inside, is_quantized, load_into_model, load_into_pipeline, models_of
 
 _KEPT = "nunchaku_py_before_fusing"
@@ -48,10 +48,13 @@ def _around(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
     """The method, unless it is called on something quantized, and not by one of these calls."""
 
     @functools.wraps(original)
-    def method(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        if inside.get() or not any(map(is_quantized, models_of(self).values())):
-            return original(self, source, *args, **kwargs)
-        return ours(original, self, source, *args, **kwargs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = "pretrained_model_name_or_path_or_dict" in kwargs
+        if inside.get() or not (args or named) or not any(map(is_quantized, models_of(self).values())):
+            return original(self, *args, **kwargs)
+        if named:
+            args = (kwargs.pop("pretrained_model_name_or_path_or_dict"), *args)
+        return ours(original, self, *args, **kwargs)
 
     return method
 
@@ -74,6 +77,8 @@ def _fusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def fuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_quantized(self):
+            for layer in adapted_layers(self):  # all or none
+                layer.check_fusable(kwargs.get("adapter_names"), kwargs.get("safe_fusing", False))
             for layer in _dense_layers(self):
                 if not layer.merged:
                     kept = {name: tensor.detach().clone() for name, tensor in layer.base_layer.named_parameters()}
@@ -123,22 +128,16 @@ def _removing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def remove(model: nn.Module) -> Any:
         layers = adapted_layers(model)
-        fused = any(layer.merged for layer in layers)
+        fused = [site for layer in layers if layer.merged for site in layer.sites() if site.adapters]
+        keep(fused)
         for layer in layers:
             layer.taken_off()
         found = original(model)
         if fused:
-            _restate(model)
+            restate(model)
         return found
 
     return remove
-
-
-def _restate(model: nn.Module) -> None:
-    """Fused adapters have become rank of the model: its config says so, for saving."""
-    config = getattr(model.config, "quantization_config", None)
-    if config is not None:
-        config.sites = manifest_of(model).to_json()["sites"]
 
 
 def _expanding(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nunchaku_py.linear import QuantLinear
-from nunchaku_py.lora.branch import Adapter, InputGroup, at_once, fold, keep, rescale
+from nunchaku_py.lora.branch import Adapter, InputGroup, at_once, fold, rescale
+from nunchaku_py.lora.keep import keep
 from nunchaku_py.ops.registry import backend
 from nunchaku_py.split_linear import SplitLinear
 from tests.lora.toys import normal
@@ -219,7 +220,7 @@ def test_kept_adapters_are_rank_of_their_own(mode: str) -> None:
     for i, one in enumerate(sites[:2]):
         give(one, adapter(one.rows_out, K, 3 + i, 20 + 2 * i, 0.5))
     before = [one(x) for one in sites]
-    keep(sites[0])
+    keep(sites[:2])
     assert [one.site.rank for one in sites] == [4 + 3 + 4] * 3
     assert all(one.adapter_down is None and one.state_dict()["down"].shape == (11, K) for one in sites)
     assert len({one.ensure_packed() or one.input_key for one in sites}) == 1
