@@ -19,7 +19,7 @@ _PUBLIC = {
     "quantize": "quantize", "Report": "report", "Recipe": "recipes", "RECIPES": "recipes",
     "load": "checkpoint", "save": "checkpoint", "set_mode": "swap", "set_fusion": "swap", "dequantize": "swap",
     "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "explain",
-    "reserve_lora": "lora.room", "compress_lora": "lora.room",
+    "reserve_lora": "lora.room", "compress_lora": "lora.room", "refresh_lora": "lora.room",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

@@ -11,7 +11,9 @@ from . import fusion
 from .errors import NunchakuError
 from .linear import QuantConv1x1, QuantizedSite, QuantLinear
 from .lora.branch import InputGroup
+from .models.discover import shared_children
 from .models.pattern import pattern_of
+from .module_tools import adapted_layers
 from .site import Site
 from .split_linear import SplitLinear
 
@@ -124,15 +126,19 @@ def prepare(model: nn.Module) -> None:
 
 
 def sharing_candidates(model: nn.Module) -> list[list[QuantLinear]]:
-    """Linears that may read one input, by where they stand: those that a pattern names together, and children of one
-    module. Each in one list only."""
+    """Linears that may read one input: those that the pattern of the model names together. Each in one list only."""
     found: list[list[QuantLinear]] = []
     taken: set[nn.Module] = set()
     for together in pattern_of(model).groups:
         found += [_quantized(map(module.get_submodule, together), taken) for module in model.modules()
                   if all(map(partial(_has, module), together))]
-    found += [_quantized(module.children(), taken) for module in model.modules()]
+    found += [_quantized(map(model.get_submodule, names), taken)
+              for names in shared_children(model, pattern_of(model).shared, _reads_quantized)]
     return [sites for sites in found if len(sites) > 1]
+
+
+def _reads_quantized(module: nn.Module | None) -> bool:
+    return type(module) is QuantLinear and module.site.has_smooth
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -144,7 +150,7 @@ def _has(module: nn.Module, name: str) -> bool:
 
 def _quantized(modules: Iterable[nn.Module], taken: set[nn.Module]) -> list[QuantLinear]:
     """Those of them that quantize their input, and are in no list yet."""
-    sites = [module for module in modules if type(module) is QuantLinear and module.site.has_smooth]
+    sites = [module for module in modules if _reads_quantized(module)]
     sites = [site for site in sites if site not in taken]
     taken.update(sites)
     return sites
@@ -165,7 +171,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise NunchakuError(f"dequantize takes a model, not {type(model).__name__}: name the pipeline's component")
     quantized_models(model)
-    if any(site.adapters for site in quantized_sites(model)):
+    if adapted_layers(model):
         raise NunchakuError("dequantize: the model carries an adapter (LoRA); unload it before")
     if any(not site.has_data() for site in quantized_sites(model)):
         raise NunchakuError("dequantize: tensors have no data here (meta device); remove the offloading first")

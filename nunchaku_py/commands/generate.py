@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--height", type=whole(1), metavar="PIXELS")
     add("--guidance", type=float, metavar="SCALE", help="guidance scale")
     add("--lora", type=lora_path, action="append", metavar="FILE[:STRENGTH]",
-        help="a LoRA in any community format, or the name of a shipped one; may be given more than once")
+        help="a LoRA, or the name of a shipped one; may be given more than once. In any community format for a "
+             "quantized pipeline, else in those that diffusers reads")
     add("--count", type=whole(1), metavar="N", help="images for the prompt")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the initial noise (default 0)")
     add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"), help="activations of the 4-bit linears")

@@ -51,6 +51,8 @@ def _row(name: str, parts: Parts, alpha: str) -> Row:
 
 def _measured(parts: Parts) -> Row:
     """(kind, rank, N, K), as far as the shapes tell."""
+    if any(len(parts[half].shape) < 2 for half in ("down", "up") if half in parts):
+        return "broken", "", "", ""
     if "down" in parts and "up" in parts:
         down, up = parts["down"].shape, parts["up"].shape
         return "LoRA", str(down[0]), str(up[0]), str(down[1])
@@ -74,7 +76,8 @@ def _alpha(path: Path, name: str, parts: Parts) -> str:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return f"{file.get_tensor(f'{name}.alpha').float().item():g}"
+        alpha = file.get_tensor(f"{name}.alpha")
+    return f"{alpha.float().item():g}" if alpha.numel() == 1 else "?"
 
 
 def _alike(rows: list[Row]) -> list[Row]:

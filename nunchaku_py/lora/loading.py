@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -51,17 +53,29 @@ class LoraReport:
 def load_into_pipeline(original: Callable[..., Any], pipe: Any, source: Any, adapter_name: str | None = None,
                         hotswap: bool = False, allow_partial: bool = False, max_rank: int = MOST_RANKS,
                        tolerance: float = 0.0, **kwargs: Any) -> LoraReport:
-    models, limits = models_of(pipe), {"most": max_rank, "tolerance": tolerance}
-    state = _fetched(source, kwargs)
+    models, limits = _chosen(models_of(pipe), kwargs), {"most": max_rank, "tolerance": tolerance}
+    state, adapter_name = _fetched(source, kwargs), adapter_name or _free_name(models)
     if _is_control(state, models):
         return _load_control(original, pipe, state, models, adapter_name, hotswap=hotswap, **kwargs)
     reading = _read(state, models, limits, lambda: _converted(pipe, state, models))
     _check(reading, models, allow_partial)
     tensors, metadata = _as_peft(reading.deltas)
-    with _whole_or_not(models, hotswap) as names:
+    with _whole_or_not(models, hotswap):
         with _state_dict_of(pipe, tensors, metadata):
             original(pipe, tensors, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
-        return _reported(reading, models, names(adapter_name))
+        return _reported(reading, models, adapter_name)
+
+
+def _chosen(models: dict[str, nn.Module], options: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Wan 2.2 has two transformers, for which files have one name; an option of diffusers' says which is meant."""
+    second = models.pop("transformer_2", None)
+    return models if second is None or not options.get("load_into_transformer_2") else {"transformer": second}
+
+
+def _free_name(models: Mapping[str, nn.Module]) -> str:
+    """diffusers would find one for each model."""
+    taken = {name for model in models.values() for name in getattr(model, "peft_config", {})}
+    return next(name for name in (f"default_{i}" for i in count()) if name not in taken)
 
 
 def _is_control(state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> bool:
@@ -76,11 +90,10 @@ def _is_control(state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) ->
 
 
 def _load_control(original: Callable[..., Any], pipe: Any, state: dict[str, Tensor], models: Mapping[str, nn.Module],
-                  adapter_name: str | None, **kwargs: Any) -> LoraReport:
+                  name: str, **kwargs: Any) -> LoraReport:
     """By diffusers alone."""
-    with _whole_or_not(models, kwargs["hotswap"]) as names:
-        original(pipe, state, adapter_name=adapter_name, **kwargs)
-        name = names(adapter_name)
+    with _whole_or_not(models, kwargs["hotswap"]):
+        original(pipe, state, adapter_name=name, **kwargs)
         layers = _adapted(models["transformer"], name)
     ranks = Counter(layer.r[name] for layer in layers.values())
     return LoraReport(name, "FLUX control LoRA, by diffusers", {"transformer": len(layers)}, dict(ranks))
@@ -90,14 +103,17 @@ def load_into_model(original: Callable[..., Any], model: nn.Module, source: Any,
                     hotswap: bool = False, allow_partial: bool = False, max_rank: int = MOST_RANKS,
                     tolerance: float = 0.0, **kwargs: Any) -> LoraReport:
     models = {prefix or "transformer": model}
-    reading = _read(_fetched(source, kwargs), models, {"most": max_rank, "tolerance": tolerance}, None)
+    state = _fetched(source, kwargs)
+    state |= {key: torch.as_tensor(alpha) for key, alpha in (kwargs.get("network_alphas") or {}).items()}
+    reading = _read(state, models, {"most": max_rank, "tolerance": tolerance}, None)
     _check(reading, models, allow_partial)
     tensors, metadata = _as_peft({"": next(iter(reading.deltas.values()))})
     for name in (*_FETCH, "network_alphas", "metadata"):
         kwargs.pop(name, None)
-    with _whole_or_not(models, hotswap) as names:
-        original(model, tensors, prefix=None, hotswap=hotswap, metadata=metadata, **kwargs)
-        return _reported(reading, models, names(kwargs.get("adapter_name")))
+    adapter_name = kwargs.pop("adapter_name", None) or _free_name(models)
+    with _whole_or_not(models, hotswap):
+        original(model, tensors, prefix=None, hotswap=hotswap, metadata=metadata, adapter_name=adapter_name, **kwargs)
+        return _reported(reading, models, adapter_name)
 
 
 def _fetched(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -105,7 +121,7 @@ def _fetched(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     from diffusers.loaders.lora_base import _fetch_state_dict
 
     if isinstance(source, Mapping):
-        return dict(source)
+        return with_metadata_alphas(dict(source), kwargs.get("metadata"))
     options = {name: kwargs.get(name) for name in _FETCH}
     options["use_safetensors"] = True if options["use_safetensors"] is None else options["use_safetensors"]
     try:
@@ -252,25 +268,45 @@ def _state_dict_of(pipe: Any, tensors: dict[str, Tensor], metadata: dict[str, An
 
 
 @contextmanager
-def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[Callable[[str | None], str]]:
-    """What was attached before something went wrong is taken off again. Gives: the adapter's name, if it had none."""
+def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[None]:
+    """What was attached before something went wrong is taken off again, and the other adapters are as they were. A hot
+    swap that fails is PEFT's to leave."""
     before = {name: set(getattr(model, "peft_config", {})) for name, model in models.items()}
+    states = [_state_of(layer) for model in models.values() for layer in _tuner_layers(model)]
     token = inside.set(True)
-
-    def new(name: str | None) -> str:
-        added = [set(getattr(model, "peft_config", {})) - before[one] for one, model in models.items()]
-        return name or next((one for names in added for one in names), "default")
-
     try:
         with at_once():
-            yield new
+            yield
     except BaseException:
-        if not hotswap:
+        if not hotswap and "peft" in sys.modules:
             for name, model in models.items():
                 _take_off(model, before[name])
+            for restore in states:
+                restore()
         raise
     finally:
         inside.reset(token)
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    """PEFT's, with no need of PEFT."""
+    return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+
+
+def _state_of(layer: Any) -> Callable[[], None]:
+    """What puts a layer's active adapters and their strengths back."""
+    active, disabled, scales = layer.active_adapters, layer.disable_adapters, dict(layer.scaling)
+    trained = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+
+    def restore() -> None:
+        layer._active_adapter, layer._disable_adapters = active, disabled
+        layer.scaling.update(scales)
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
+        if hasattr(layer, "refresh"):
+            layer.refresh()
+
+    return restore
 
 
 def _take_off(model: nn.Module, before: set[str]) -> None:

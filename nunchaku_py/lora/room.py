@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import NunchakuError
+from ..module_tools import adapted_layers
 from ..swap import quantized_models, quantized_sites
 from .branch import compressed, fold, present
 
@@ -40,6 +41,14 @@ def reserve_lora(target: object, rank: int) -> None:
         for site in quantized_sites(model):
             site.adapter_room = site.adapter_room._replace(reserved=rank)
             fold(site)
+
+
+def refresh_lora(target: object) -> None:
+    """Read the adapters anew that a model, or a pipeline's models, carry: after writes that leave no trace in them
+    (`parameter.data.copy_`). Nothing else needs it."""
+    for model in quantized_models(target):
+        for layer in adapted_layers(model):
+            layer.refresh(anew=True)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -101,7 +101,7 @@ def linears_in(module: nn.Module) -> dict[str, nn.Module]:
 def shared_inputs(block: nn.Module, pattern: Pattern) -> list[tuple[str, ...]]:
     """Groups of linears of the block that read one input; each linear in one group at most."""
     linears, taken, groups = linears_in(block), set(), []
-    for group in (*pattern.groups, *_shared_by_children(block, pattern.shared)):
+    for group in (*pattern.groups, *shared_children(block, pattern.shared, is_linear)):
         whole = all(name in linears and name not in taken for name in group)
         if whole and len({shape_of(linears[name])[1] for name in group}) == 1:
             groups.append(group)
@@ -109,12 +109,14 @@ def shared_inputs(block: nn.Module, pattern: Pattern) -> list[tuple[str, ...]]:
     return groups
 
 
-def _shared_by_children(block: nn.Module, rules: Iterable[Shared]) -> Iterator[tuple[str, ...]]:
+def shared_children(block: nn.Module, rules: Iterable[Shared], linear: Callable[[nn.Module | None], bool]
+                    ) -> Iterator[tuple[str, ...]]:
+    """Names of the members of every rule that holds; `linear` says what counts as one."""
     for name, module in block.named_modules():
         for rule in rules:
             if rule.self_attention and reads_two_inputs(name, module):
                 continue
-            present = all(is_linear(getattr(module, child, None)) for child in rule.members)
+            present = all(linear(getattr(module, child, None)) for child in rule.members)
             if present and has_child(module, rule.beside):
                 yield tuple(f"{name}.{child}" if name else child for child in rule.members)
 
