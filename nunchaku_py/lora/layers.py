@@ -23,8 +23,6 @@ from .dora import QuantDora
 from .keep import keep
 
 Seen = tuple[Any, ...]  # what a fold was made of
-
-
 _READS_WEIGHTS = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")  # ways to initialize adapters
 _NOT_COMPILED = ("adapters of quantized linears are not trained in compiled graphs, through which no gradient flows; "
                  "call the model under torch.no_grad(), or train it without compiling")
@@ -74,7 +72,7 @@ class _Folding:
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
             raise NunchakuError(f"adapter {adapter_name!r} is fused: unfuse before deleting it, or unload all, which "
-                                f"leaves it in the model")
+                                "leaves it in the model")
         super().delete_adapter(adapter_name)
         self.refresh()
 
@@ -208,8 +206,9 @@ class _Folding:
     def _trains(self) -> bool:
         if self.disable_adapters or self.merged_adapters:
             return False
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        return any(half[name].weight.requires_grad for name in names for half in (self.lora_A, self.lora_B))
+        halves = self._modules["lora_A"], self._modules["lora_B"]
+        return any(_weight(half, name).requires_grad
+                   for name in self.active_adapters for half in halves if name in half)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not kwargs and not self._takes_peft_way():

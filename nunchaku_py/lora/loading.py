@@ -272,7 +272,7 @@ def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[No
     """What was attached before something went wrong is taken off again, and the other adapters are as they were. A hot
     swap that fails is PEFT's to leave."""
     before = {name: set(getattr(model, "peft_config", {})) for name, model in models.items()}
-    states = [_state_of(layer) for model in models.values() for layer in _tuner_layers(model)]
+    states = [_state_of(layer) for model in models.values() for layer in tuner_layers(model)]
     token = inside.set(True)
     try:
         with at_once():
@@ -288,7 +288,7 @@ def _whole_or_not(models: Mapping[str, nn.Module], hotswap: bool) -> Iterator[No
         inside.reset(token)
 
 
-def _tuner_layers(model: nn.Module) -> list[Any]:
+def tuner_layers(model: nn.Module) -> list[Any]:
     """PEFT's, with no need of PEFT."""
     return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..module_tools import adapted_layers, restate
 from .branch import at_once
 from .keep import keep
-from .loading import inside, is_quantized, load_into_model, load_into_pipeline, models_of
+from .loading import inside, is_quantized, load_into_model, load_into_pipeline, models_of, tuner_layers
 
 _KEPT = "nunchaku_py_before_fusing"
 
@@ -103,7 +103,7 @@ def _unfusing(original: Callable[..., Any]) -> Callable[..., Any]:
 def _dense_layers(model: nn.Module) -> list[Any]:
     """PEFT's layers around linears and convolutions in 16 bit."""
     ours = set(adapted_layers(model))
-    return [layer for layer in model.modules() if hasattr(layer, "lora_A") and layer not in ours]
+    return [layer for layer in tuner_layers(model) if layer not in ours]
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
