@@ -13,18 +13,13 @@ from ..module_tools import is_offloaded
 from .branch import Columns, alike, branches_of, fold, present
 
 
-def check(sites: Sequence[Any]) -> None:
-    """accelerate would not find the tensors again that are stored anew."""
-    if any(map(is_offloaded, sites)):
-        raise NunchakuError("unload: fused adapters become part of the model, whose tensors are offloaded; remove the "
-                            "offloading before, or unfuse")
-
-
 @torch.no_grad()
 def keep(sites: Sequence[Any]) -> None:
     """Let sites store the adapters that they hold. Those that share an input go on sharing it, if no other of them
     holds adapters that are not to stay."""
-    check(sites)
+    if any(map(is_offloaded, sites)):  # accelerate would not find the tensors again that are stored anew
+        raise NunchakuError("unload: fused adapters become part of the model, whose tensors are offloaded; remove the "
+                            "offloading before, or unfuse")
     left = dict.fromkeys(sites)
     while left:
         site = next(iter(left))

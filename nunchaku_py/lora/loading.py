@@ -312,10 +312,8 @@ def _state_of(layer: Any) -> Callable[[], None]:
 def _take_off(model: nn.Module, before: set[str]) -> None:
     from diffusers.utils import recurse_remove_peft_layers
     from diffusers.utils.peft_utils import delete_adapter_layers
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    held = {name for layer in model.modules() if isinstance(layer, BaseTunerLayer)
-            for name in layer._get_available_adapters()}
+    held = {name for layer in tuner_layers(model) for name in layer._get_available_adapters()}
     for name in (set(getattr(model, "peft_config", {})) | held) - before:
         delete_adapter_layers(model, name)
         getattr(model, "peft_config", {}).pop(name, None)  # diffusers forgets it only once it was loaded as a whole

@@ -36,7 +36,8 @@ def attach_pipelines(module: ModuleType) -> None:
     """After the import of diffusers.loaders.lora_pipeline."""
     from diffusers.loaders import lora_base
 
-    lora_base.recurse_remove_peft_layers = _removing(lora_base.recurse_remove_peft_layers)
+    if not hasattr(lora_base.recurse_remove_peft_layers, "__wrapped__"):  # imported before it was wrapped in utils
+        lora_base.recurse_remove_peft_layers = _removing(lora_base.recurse_remove_peft_layers)
     for mixin in [one for one in vars(module).values() if isinstance(one, type)]:
         if "load_lora_weights" in vars(mixin):
             mixin.load_lora_weights = _around(mixin.load_lora_weights, load_into_pipeline)
