@@ -28,8 +28,8 @@ CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120a")
 CUDA_SOURCES = (
     "csrc/cuda/device_info.cu",
     *(f"csrc/cuda/{op}/{op}.cu" for op in ("linear_w4a16", "norm_modulate_quantize", "quantize_act")),
-    *(f"csrc/cuda/linear_w4a4/{ending}.cu"
-      for ending in ("linear_w4a4", "gate_residual", "gelu_quantize", "glu_quantize", "qkv_rope")),
+    *(f"csrc/cuda/{op}/{ending}.cu" for op in ("linear_w4a4", "linear_w4a8")
+      for ending in (op, "gate_residual", "gelu_quantize", "glu_quantize", "qkv_rope")),
 )
 # A compiler of CUDA code takes up to 0.3 GB of memory: with so many at once the build stays within 8 GB.
 MOST_JOBS = 24
@@ -179,7 +179,8 @@ def ninja_file(nvcc: str, targets: tuple[str, ...]) -> str:
 
 
 def object_name(source: str) -> str:
-    return Path(source).stem + (".obj" if os.name == "nt" else ".o")
+    op, name = Path(source).parent.name, Path(source).stem
+    return (name if name == op else f"{op}-{name}") + (".obj" if os.name == "nt" else ".o")
 
 
 def compile_cuda(nvcc: str, targets: tuple[str, ...], folder: Path) -> list[Path]:

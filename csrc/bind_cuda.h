@@ -20,12 +20,12 @@ inline Where where(int device, Address stream) {
 }
 
 inline QuantizeArguments quantize_arguments(int device, Address stream, int type, int m, int k, int r, Address x,
-                                            Address inv_smooth, Address down, bool is_unsigned, float shift, Address qx,
+                                            Address inv_smooth, Address down, int codes, float shift, Address qx,
                                             Address sx, Address h) {
   QuantizeArguments a;
   a.where = where(device, stream), a.type = Type(type), a.m = m, a.k = k, a.r = r;
   a.x = at<void>(x), a.inv_smooth = at<float>(inv_smooth), a.down = at<void>(down);
-  a.is_unsigned = is_unsigned, a.shift = shift;
+  a.codes = Codes(codes), a.shift = shift;
   a.qx = at<std::uint8_t>(qx), a.sx = at<void>(sx), a.h = at<float>(h);
   return a;
 }
@@ -37,12 +37,12 @@ inline void set_norm(QuantizeArguments& a, int norm, float eps, Address weight, 
 }
 
 inline LinearArguments linear_arguments(int device, Address stream, int type, int m, int n, int k, int r, Address qx,
-                                        Address sx, bool is_unsigned, Address qw, Address sw, Address h, Address up,
-                                        Address bias) {
+                                        Address sx, int codes, Address qw, Address sw, Address channel_scales,
+                                        Address h, Address up, Address bias) {
   LinearArguments a;
   a.where = where(device, stream), a.type = Type(type), a.m = m, a.n = n, a.k = k, a.r = r;
-  a.qx = at<std::uint8_t>(qx), a.sx = at<void>(sx), a.is_unsigned = is_unsigned;
-  a.qw = at<std::uint8_t>(qw), a.sw = at<void>(sw);
+  a.codes = Codes(codes), a.qx = at<std::uint8_t>(qx), a.sx = at<void>(sx);
+  a.qw = at<std::uint8_t>(qw), a.sw = at<void>(sw), a.channel_scales = at<float>(channel_scales);
   a.h = at<float>(h), a.up = at<void>(up), a.bias = at<float>(bias);
   return a;
 }
@@ -61,13 +61,21 @@ inline QkvRopeArguments qkv_rope_arguments(Address q_norm, Address k_norm, Addre
           at<void>(q),       at<void>(k),       at<void>(v)};
 }
 
-inline NextArguments next_arguments(int activation, bool gate_first, bool is_unsigned, float shift, Address inv_smooth,
-                                    Address down, int r, Address qx, Address sx, Address h, Address parts) {
+inline NextArguments next_arguments(int activation, bool gate_first, int codes, float shift, Address inv_smooth,
+                                    Address down, int r, Address qx, Address sx, Address h) {
   NextArguments to;
-  to.activation = Activation(activation), to.gate_first = gate_first, to.is_unsigned = is_unsigned, to.shift = shift;
+  to.activation = Activation(activation), to.gate_first = gate_first, to.codes = Codes(codes), to.shift = shift;
   to.inv_smooth = at<float>(inv_smooth), to.down = at<void>(down), to.r = r;
-  to.qx = at<std::uint8_t>(qx), to.sx = at<void>(sx), to.h = at<float>(h), to.parts = at<float>(parts);
+  to.qx = at<std::uint8_t>(qx), to.sx = at<void>(sx), to.h = at<float>(h);
   return to;
+}
+
+inline void set_parts(NextArguments& to, Address parts) {
+  to.parts = at<float>(parts);
+}
+
+inline void set_activated(NextArguments& to, Address z, Address tops) {
+  to.z = at<void>(z), to.tops = at<float>(tops);
 }
 
 inline DecodedArguments decoded_arguments(int device, Address stream, int type, int m, int n, int k, int r, int group,
@@ -98,7 +106,10 @@ inline void bind_cuda(py::module_ m) {
   py::class_<StoreArguments>(m, "StoreArguments", local).def(py::init(&store_arguments));
   py::class_<GateResidualArguments>(m, "GateResidualArguments", local).def(py::init(&gate_residual_arguments));
   py::class_<QkvRopeArguments>(m, "QkvRopeArguments", local).def(py::init(&qkv_rope_arguments));
-  py::class_<NextArguments>(m, "NextArguments", local).def(py::init(&next_arguments));
+  py::class_<NextArguments>(m, "NextArguments", local)
+      .def(py::init(&next_arguments))
+      .def("set_parts", &set_parts)
+      .def("set_activated", &set_activated);
   py::class_<DecodedArguments>(m, "DecodedArguments", local).def(py::init(&decoded_arguments));
   m.def("linear_w4a16", &linear_w4a16, Free());
   m.def("quantize_act", &quantize_act, Free());
@@ -108,6 +119,11 @@ inline void bind_cuda(py::module_ m) {
   m.def("linear_w4a4_qkv_rope", &linear_w4a4_qkv_rope, Free());
   m.def("linear_w4a4_gelu_quantize", &linear_w4a4_gelu_quantize, Free());
   m.def("linear_w4a4_glu_quantize", &linear_w4a4_glu_quantize, Free());
+  m.def("linear_w4a8", &linear_w4a8, Free());
+  m.def("linear_w4a8_gate_residual", &linear_w4a8_gate_residual, Free());
+  m.def("linear_w4a8_qkv_rope", &linear_w4a8_qkv_rope, Free());
+  m.def("linear_w4a8_gelu_quantize", &linear_w4a8_gelu_quantize, Free());
+  m.def("linear_w4a8_glu_quantize", &linear_w4a8_glu_quantize, Free());
   m.def(
       "gelu_parts", [](int device, const Sizes& sizes) { return gelu_parts(device, problems(sizes)); },
       "(device, [(m, n)]) -> parts of h that linear_w4a4_gelu_quantize leaves of each");

@@ -9,6 +9,8 @@
 namespace nunchaku_py::cuda {
 
 enum class Type : int { bf16 = 1, f16 = 2 };
+// Of an activation; the weight is int4, nvfp4 or int8 likewise.
+enum class Codes : int { int4 = 1, uint4 = 2, nvfp4 = 3, int8 = 4 };
 enum class Norm : int { none, layer, rms };
 enum class Activation : int { none, gelu_tanh, gelu, silu };
 
@@ -17,7 +19,7 @@ struct Where {
   void* stream = nullptr;
 };
 
-// x (m, k), quantized to INT4 in groups of 64: out = Q((norm(x) + shift)·inv_smooth), h = norm(x)·downᵀ.
+// x (m, k), quantized: out = Q((norm(x) + shift)·inv_smooth), h = norm(x)·downᵀ.
 struct QuantizeArguments {
   Where where;
   Type type = Type::bf16;  // of x, down, sx and what modulates
@@ -25,11 +27,12 @@ struct QuantizeArguments {
   const void* x = nullptr;
   const float* inv_smooth = nullptr;
   const void* down = nullptr;
-  bool is_unsigned = false;
+  Codes codes = Codes::int4;
   float shift = 0;
   std::uint8_t* qx = nullptr;
   void* sx = nullptr;
   float* h = nullptr;
+  const float* tops = nullptr;  // (m) largest magnitudes of what is quantized to INT8, where they are known
 
   Norm norm = Norm::none;  // from here on norm_modulate_quantize only
   float eps = 0;
@@ -41,9 +44,10 @@ struct LinearArguments {
   Where where;
   Type type = Type::bf16;  // of sx, sw, up and what comes out
   int m = 0, n = 0, k = 0, r = 0;
+  Codes codes = Codes::int4;
   const std::uint8_t *qx = nullptr, *qw = nullptr;
-  const void *sx = nullptr, *sw = nullptr;
-  bool is_unsigned = false;  // the codes of x
+  const void *sx = nullptr, *sw = nullptr;  // of groups; INT8: (m) and (n) floats
+  const float* channel_scales = nullptr;    // (n), NVFP4 only
   const float* h = nullptr;
   const void* up = nullptr;
   const float* bias = nullptr;
@@ -66,10 +70,12 @@ struct QkvRopeArguments {
   void *q = nullptr, *k = nullptr, *v = nullptr;
 };
 
-// The next linear's input, `width` columns, and the memory in which blocks leave their parts of h.
+// The next linear's input, `width` columns, and the memory in which blocks leave their parts of h. For INT8: z, which
+// is quantized when all of its rows are there, and its rows' largest magnitudes, zero before.
 struct NextArguments {
   Activation activation = Activation::none;
-  bool gate_first = false, is_unsigned = false;
+  bool gate_first = false;
+  Codes codes = Codes::int4;
   float shift = 0;
   const float* inv_smooth = nullptr;
   const void* down = nullptr;
@@ -77,7 +83,9 @@ struct NextArguments {
   std::uint8_t* qx = nullptr;
   void* sx = nullptr;
   float* h = nullptr;
-  float* parts = nullptr;  // (gelu_parts or glu_parts, m, r)
+  float* parts = nullptr;  // (gelu_parts or glu_parts, m, r); not for INT8
+  void* z = nullptr;       // (m, width); for INT8 only, as `tops`
+  float* tops = nullptr;   // (m)
 };
 
 // linear_w4a16: all in rows.
@@ -99,7 +107,7 @@ void norm_modulate_quantize(const QuantizeArguments& a);
 
 void linear_w4a16(const DecodedArguments& a);
 
-// Linears in one launch, of which none needs the others: of one device and type, their codes signed or not alike.
+// Linears in one launch, of which none needs the others: of one device, type and kind of codes.
 template <class To>
 using Calls = std::vector<std::pair<LinearArguments, To>>;
 
@@ -108,12 +116,17 @@ void linear_w4a4_gate_residual(const Calls<GateResidualArguments>& calls);
 void linear_w4a4_qkv_rope(const Calls<QkvRopeArguments>& calls);
 void linear_w4a4_gelu_quantize(const Calls<NextArguments>& calls);
 void linear_w4a4_glu_quantize(const Calls<NextArguments>& calls);
+void linear_w4a8(const Calls<StoreArguments>& calls);
+void linear_w4a8_gate_residual(const Calls<GateResidualArguments>& calls);
+void linear_w4a8_qkv_rope(const Calls<QkvRopeArguments>& calls);
+void linear_w4a8_gelu_quantize(const Calls<NextArguments>& calls);
+void linear_w4a8_glu_quantize(const Calls<NextArguments>& calls);
 
 struct Problem {
   int m, n;
 };
 
-// How many parts of h each call of the last two leaves.
+// How many parts of h each call of linear_w4a4_gelu_quantize and …_glu_quantize leaves.
 std::vector<int> gelu_parts(int device, const std::vector<Problem>& problems);
 std::vector<int> glu_parts(int device, const std::vector<Problem>& problems);
 

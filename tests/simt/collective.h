@@ -98,4 +98,10 @@ inline void wait_async(unsigned newest) {
   });
 }
 
+// ---- global memory that several blocks change -----------------------------------------------------------------------
+inline void atomic_max(int* global, int value) {
+  const std::atomic_ref<int> place(*global);
+  for (int found = place; found < value && !place.compare_exchange_weak(found, value);) continue;
+}
+
 }  // namespace simt

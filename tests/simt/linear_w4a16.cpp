@@ -15,8 +15,8 @@ void launch_rows(const Decoded<T>& p) {
     launch(many_rows_kernel<T, SIGNED>, dim3{pieces(p.M, ManyTile::BM), pieces(p.N, ManyTile::BN)}, ManyTile::THREADS,
            many_rows_bytes(), nullptr, p);
   else
-    launch(few_rows_kernel<T, ROWS, SIGNED>, dim3{pieces(p.M, ROWS), pieces(p.N, FEW_WARPS * CHANNELS)},
-           FEW_WARPS * 32, 0, nullptr, p);
+    launch(few_rows_kernel<T, ROWS, SIGNED>, dim3{pieces(p.M, ROWS), pieces(p.N, FEW_WARPS * CHANNELS)}, FEW_WARPS * 32,
+           0, nullptr, p);
 }
 
 template <class T, int ROWS, bool SIGNED>

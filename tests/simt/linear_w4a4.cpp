@@ -1,7 +1,8 @@
 // The kernel of linear_w4a4 for test_linear_w4a4.py.
 #include "call.h"
-#include "cuda/linear_w4a4/config.h"
-#include "cuda/linear_w4a4/kernel.cuh"
+#include "cuda/linear/config.h"
+#include "cuda/linear/kernel.cuh"
+#include "cuda/linear_w4a4/int4.cuh"
 
 using namespace nunchaku_py::cuda;
 using simt::Array, simt::Call, simt::Input, simt::Output;
@@ -9,6 +10,10 @@ using simt::Array, simt::Call, simt::Input, simt::Output;
 struct Sizes {
   int m, n, k, r;
 };
+
+static const uint8_t* bytes(const void* p) {
+  return static_cast<const uint8_t*>(p);
+}
 
 // A problem's operands, with the names that faults are told by.
 template <class T>
@@ -31,7 +36,8 @@ struct Operand {
         s(sizes) {}
 
   Part<T, Store<T>> part() {
-    return {{{x.data(), w.data(), scales_x.data(), scales_w.data(), s.m, s.n, s.k},
+    return {{{bytes(x.data()), bytes(w.data()), bytes(scales_x.data()), bytes(scales_w.data()), nullptr, nullptr, s.m,
+              s.n, s.k / 64},
              {hidden.data(), up.data(), s.r},
              bias.data()},
             {y.data(), s.n}};
@@ -46,8 +52,8 @@ void run_linears(std::initializer_list<Operand<T>*> operands) {
     group.parts[i] = one->part(), group.first[i] = rows, ++i;
     rows += pieces(one->s.m, Tile::BM), columns = std::max(columns, pieces(one->s.n, Tile::BN));
   }
-  launch(linear_w4a4_kernel<Tile, UNSIGNED, T, Store<T>>, dim3{unsigned(rows), unsigned(columns)}, Tile::THREADS,
-         shared_bytes<Tile, TARGET>(), nullptr, group);
+  launch(linear_kernel<Tile, Int4<T, UNSIGNED>, T, Store<T>>, dim3{unsigned(rows), unsigned(columns)}, Tile::THREADS,
+         shared_bytes<Tile, Int4<T, UNSIGNED>, TARGET>(), nullptr, group);
 }
 
 template <class Tile, bool UNSIGNED, class T>

@@ -1,7 +1,8 @@
 // The endings of linear_w4a4 for test_linear_w4a4_endings.py.
 #include "call.h"
-#include "cuda/linear_w4a4/config.h"
-#include "cuda/linear_w4a4/next_act.cuh"
+#include "cuda/linear/config.h"
+#include "cuda/linear/next_act.cuh"
+#include "cuda/linear_w4a4/int4.cuh"
 
 using namespace nunchaku_py::cuda;
 using simt::Array, simt::Call, simt::Input, simt::Output;
@@ -21,13 +22,17 @@ struct Common {
         h("h", hidden),
         bias("bias", b) {}
   Linear<T> linear(int m, int n, int k, int r, int jump = 0) {
-    return {{qx.data(), qw.data(), sx.data(), sw.data(), m, n, k, jump}, {h.data(), up.data(), r}, bias.data()};
+    const auto bytes = [](const T* p) { return reinterpret_cast<const uint8_t*>(p); };
+    return {{qx.data(), qw.data(), bytes(sx.data()), bytes(sw.data()), nullptr, nullptr, m, n, k / 64, jump},
+            {h.data(), up.data(), r},
+            bias.data()};
   }
 };
 #define COMMON Array qx, Array sx, Array qw, Array sw, Array h, Array up, Array bias, int m, int n, int k, int r
 #define COMMON_ARRAYS qx, sx, qw, sw, h, up, bias
 
 using Ordinary = Medium;
+using Numbers = Int4<T, false>;
 
 template <class Epilogue>
 void run_linear(const Linear<T>& p, const Epilogue& epilogue) {
@@ -35,8 +40,8 @@ void run_linear(const Linear<T>& p, const Epilogue& epilogue) {
                   unsigned(p.in.N + Ordinary::BN - 1) / Ordinary::BN};
   Group<T, Epilogue> group;
   group.parts[0] = {p, epilogue};
-  launch(linear_w4a4_kernel<Ordinary, false, T, Epilogue>, grid, Ordinary::THREADS, shared_bytes<Ordinary, TARGET>(),
-         nullptr, group);
+  launch(linear_kernel<Ordinary, Numbers, T, Epilogue>, grid, Ordinary::THREADS,
+         shared_bytes<Ordinary, Numbers, TARGET>(), nullptr, group);
 }
 
 SIMT_EXPORT const char* gate_residual(Call& call, COMMON, Array gate, Array residual, Array y, int rows_of_sample) {
@@ -78,13 +83,17 @@ const char* run_next(Call& call, COMMON, Array inv_smooth, Array down, Array nex
     const int blocks = (width + Z::WIDTH * tiles - 1) / (Z::WIDTH * tiles);
     simt::Buffer<float> parts("parts", size_t(blocks) * m * ranks, true);
     const Z make = {Activation(activation), GATED && option};
-    const NextAct<T> next = {codes.data(), scales.data(), smooth.data(),   next_down.data(), parts.data(), shift, m,
-                             width,        ranks,         !GATED && option};
+    const NextAct<T> next = {{codes.data(), scales.data(), m, width, !GATED && option},
+                             smooth.data(),
+                             next_down.data(),
+                             parts.data(),
+                             shift,
+                             ranks};
     const dim3 grid{unsigned(m + Ordinary::BM - 1) / Ordinary::BM, unsigned(blocks)};
     Group<T, Quantized<T, Z>> group;
     group.parts[0] = {in.linear(m, n, k, r, Z::jump_of(n)), {next, make, tiles}};
-    launch(linear_w4a4_next_kernel<Ordinary, T, Z>, grid, Ordinary::THREADS,
-           shared_bytes<Ordinary, TARGET>(sizeof(Hidden<Ordinary, T>)), nullptr, group);
+    launch(linear_next_kernel<Ordinary, Numbers, T, Z>, grid, Ordinary::THREADS,
+           shared_bytes<Ordinary, Numbers, TARGET>(sizeof(Hidden<Ordinary, T>)), nullptr, group);
     launch(sum_hidden_kernel<128>, dim3{unsigned(m * ranks + 127) / 128}, 128, 0, nullptr, parts.data(), blocks,
            hidden.data(), m * ranks);
   });

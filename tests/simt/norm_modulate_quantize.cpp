@@ -17,11 +17,18 @@ const char* quantize(Call& call, Array x, Array weight, Array scale, Array shift
     const Output<uint8_t> codes("qx", qx);
     const Output<T> scales("sx", sx);
     const Output<float> hidden("h", h);
-    const QuantizeParams<T> p = {
-        in.data(), smooth.data(), in_down.data(), codes.data(), scales.data(), hidden.data(), 0, m, k, r, false};
+    const QuantizeParams<T> p = {{codes.data(), scales.data(), m, k, false},
+                                 in.data(),
+                                 smooth.data(),
+                                 in_down.data(),
+                                 hidden.data(),
+                                 nullptr,
+                                 0,
+                                 r};
     const dim3 grid{unsigned(m + 15) / 16, unsigned(std::max(1, (r + RANKS - 1) / RANKS))};
-    launch(quantize_act_kernel<T, RANKS, WARPS, Source>, grid, WARPS * 32, quantize_act_bytes<RANKS, WARPS>(), nullptr,
-           p, Source{by.data(), grow.data(), add.data(), rows_of_sample, eps});
+    launch(quantize_act_kernel<T, RANKS, WARPS, Source, InGroups<ToInt4<T>>>, grid, WARPS * 32,
+           quantize_act_bytes<RANKS, WARPS>(), nullptr, p,
+           Source{by.data(), grow.data(), add.data(), rows_of_sample, eps});
   });
 }
 

@@ -15,12 +15,17 @@ const char* quantize(Call& call, Array x, Array inv_smooth, Array down, Array qx
     const Output<uint8_t> codes("qx", qx);
     const Output<T> scales("sx", sx);
     const Output<float> hidden("h", h);
-    const QuantizeParams<T> p = {
-        in.data(), smooth.data(),   in_down.data(), codes.data(), scales.data(), hidden.data(), shift, m, k,
-        r,         is_unsigned != 0};
+    const QuantizeParams<T> p = {{codes.data(), scales.data(), m, k, is_unsigned != 0},
+                                 in.data(),
+                                 smooth.data(),
+                                 in_down.data(),
+                                 hidden.data(),
+                                 nullptr,
+                                 shift,
+                                 r};
     const dim3 grid{unsigned(m + 15) / 16, unsigned(std::max(1, (r + RANKS - 1) / RANKS))};
-    launch(quantize_act_kernel<T, RANKS, WARPS, AsItIs<T>>, grid, WARPS * 32, quantize_act_bytes<RANKS, WARPS>(),
-           nullptr, p, AsItIs<T>{});
+    launch(quantize_act_kernel<T, RANKS, WARPS, AsItIs<T>, InGroups<ToInt4<T>>>, grid, WARPS * 32,
+           quantize_act_bytes<RANKS, WARPS>(), nullptr, p, AsItIs<T>{});
   });
 }
 

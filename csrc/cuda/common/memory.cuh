@@ -37,6 +37,18 @@ DEVICE void sts(void* shared, T value) {
   *static_cast<T*>(shared) = value;
 }
 
+// The larger of a float in memory and of another, neither of which is negative: their bits are ordered as they are, NaN
+// above all. The result does not depend on who comes first.
+DEVICE void atomic_max(float* global, float value) {
+  const int bits = value <= 0x1.fffffep127f ? __builtin_bit_cast(int, value) : 0x7fffffff;
+#ifndef __CUDACC__
+  simt::check_global(global, sizeof(int), alignof(int), simt::Access::write);
+  simt::atomic_max(reinterpret_cast<int*>(global), bits);
+#else
+  asm volatile("red.global.max.s32 [%0], %1;" ::"l"(global), "r"(bits) : "memory");
+#endif
+}
+
 #ifdef __CUDACC__
 // What instructions want for a pointer to shared memory.
 DEVICE uint32_t shared_address(const void* shared) {

@@ -142,14 +142,24 @@ DEVICE void mma_m8n8k16_s8(int (&c)[2], const uint32_t (&a)[1], const uint32_t (
 #endif
 }
 
+// One instruction, on sm_75 four of m8n8k16.
 template <int SM = TARGET>
 DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  static_assert(SM >= 80, "mma_m16n8k32_s8 needs sm_80");
+  if constexpr (SM >= 80) {
 #ifndef __CUDACC__
-  simt::mma<16, 32, 8>("mma_m16n8k32_s8", c, a, b, simt::s8, simt::s8);
+    simt::mma<16, 32, 8>("mma_m16n8k32_s8", c, a, b, simt::s8, simt::s8);
 #else
-  MMA_424("m16n8k32.row.col.s32.s8.s8.s32", "r");
+    MMA_424("m16n8k32.row.col.s32.s8.s8.s32", "r");
 #endif
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int half[2] = {c[i * 2], c[i * 2 + 1]};
+      mma_m8n8k16_s8(half, {a[i]}, {b[0]});
+      mma_m8n8k16_s8(half, {a[i + 2]}, {b[1]});
+      c[i * 2] = half[0], c[i * 2 + 1] = half[1];
+    }
+  }
 }
 
 // ---- 16-bit floats, float sums --------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 // linear_w4a16 for many rows, on the tensor cores: a block decodes 64 channels once for its 64 rows. The next 64 inputs
 // come through registers, and are decoded on the way to shared memory, while some are multiplied.
 #pragma once
+#include "cuda/linear/kernel.cuh"
 #include "cuda/linear_w4a16/decode.cuh"
-#include "cuda/linear_w4a4/kernel.cuh"
 
 namespace nunchaku_py::cuda {
 
@@ -63,8 +63,7 @@ DEVICE void store_inputs(Inputs<T>& to, const CarriedInputs& carried) {
 template <class T>
 DEVICE void multiply_inputs(Sums<ManyTile>& acc, const Inputs<T>& from, const Place<ManyTile>& at) {
   const T* const rows = from.x + (at.row + at.lane % 16) * INPUTS_PITCH + at.lane / 16 * 8;
-  const T* const channels =
-      from.w + (at.column + at.lane / 16 * 8 + at.lane % 8) * INPUTS_PITCH + at.lane / 8 % 2 * 8;
+  const T* const channels = from.w + (at.column + at.lane / 16 * 8 + at.lane % 8) * INPUTS_PITCH + at.lane / 8 % 2 * 8;
 #pragma unroll
   for (int k = 0; k < INPUTS; k += 16) {
     uint32_t x[ManyTile::MT][4];
@@ -111,8 +110,9 @@ __global__ void __launch_bounds__(ManyTile::THREADS) many_rows_kernel(Decoded<T>
     const Corner corner = {int(blockIdx.x) * ManyTile::BM, int(blockIdx.y) * ManyTile::BN, 0};
     Sums<ManyTile> acc = {};
     multiply_decoded<SIGNED>(acc, *reinterpret_cast<Inputs<T>(*)[2]>(shared), p, corner);
-    const Operands<T> sizes = {nullptr, nullptr, nullptr, nullptr, p.M, p.N, p.K};
+    const Operands sizes = {.M = p.M, .N = p.N};
     const Part<T, Store<T>> part = {{sizes, {p.h, p.up, p.R}, p.bias}, {p.y, p.N}};
+    add_low_rank<ManyTile>(acc, part.linear.branch, p.M, p.N, corner);
     finish<ManyTile>(acc, shared, part, corner);
   }
 }

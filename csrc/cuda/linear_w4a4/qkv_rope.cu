@@ -6,15 +6,7 @@ namespace nunchaku_py::cuda {
 void linear_w4a4_qkv_rope(const Calls<QkvRopeArguments>& calls) {
   const OnDevice here(common(calls).where.device);
   with_type(common(calls).type, [&]<class T>(T) {
-    launch_linear<T, false, QkvRope<T>>(calls, [](const LinearArguments& a, const QkvRopeArguments& to) {
-      return QkvRope<T>{{static_cast<T*>(to.q), static_cast<T*>(to.k), static_cast<T*>(to.v)},
-                        {to.q_norm, to.k_norm},
-                        to.rotary,
-                        a.n,
-                        to.head_dim,
-                        to.tokens,
-                        to.eps};
-    });
+    with_signed_numbers<T>(common(calls).codes, [&]<class Numbers>() { launch_linear<T, Numbers>(calls); });
   });
 }
 

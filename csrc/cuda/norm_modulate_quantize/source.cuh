@@ -41,7 +41,7 @@ struct Normed {
   DEVICE void prepare(float* shared, const QuantizeParams<T>& p, int row) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Moments found[2];
-    for (int group = warp; group < p.K / GROUP; group += WARPS) {
+    for (int group = warp; group < p.out.K / GROUP; group += WARPS) {
       uint32_t pairs[2][OWN / 2];
       load_rows(pairs, p, row, group * GROUP + lane % 4 * OWN);
 #pragma unroll
@@ -68,7 +68,8 @@ struct Normed {
     widen<T>(weight, weights);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (row + i * 8 < p.M) modulate(pairs[i], weight, i, (row + i * 8) / rows_of_sample * size_t(p.K) + column);
+      if (row + i * 8 < p.out.M)
+        modulate(pairs[i], weight, i, (row + i * 8) / rows_of_sample * size_t(p.out.K) + column);
   }
 
  private:

@@ -1,9 +1,19 @@
-// INT4 codes and their scale, of values that neighbouring threads hold: what every kernel that quantizes shares.
+// Codes and scales of values that neighbouring threads hold: what every kernel that quantizes shares.
 #pragma once
 #include "cuda/common/convert.cuh"
+#include "cuda/common/memory.cuh"
+#include "cuda/common/scales.h"
 #include "cuda/common/warp.cuh"
 
 namespace nunchaku_py::cuda {
+
+// Where the codes and scales of an activation go, and of what size it is.
+struct Quantizing {
+  uint8_t* qx;  // (M, K/2), INT8: (M, K)
+  void* sx;     // by the codes, see there
+  int M, K;     // K a multiple of 64
+  bool is_unsigned;
+};
 
 // The largest magnitude (unsigned: the largest value) that LANES neighbouring threads hold; NaN if one is not finite.
 template <int LANES, int OWN>
@@ -22,6 +32,11 @@ DEVICE float group_top(const float (&x)[OWN], bool is_unsigned) {
   return top + finite;
 }
 
+// Of two tops the larger; NaN if one is.
+DEVICE float larger(float a, float b) {
+  return b > a || b != b ? b : a;
+}
+
 // The scale in its stored type; one too large becomes the largest that is finite.
 template <class T>
 DEVICE T round_scale(float scale) {
@@ -29,20 +44,38 @@ DEVICE T round_scale(float scale) {
   return cvt_16bit<T>(scale > LARGEST ? LARGEST : scale);
 }
 
-// Four bits each, the first lowest; zero where the scale is zero or NaN. The last bits of v + WHOLE are v rounded, in
-// two's complement.
-template <int COUNT>
-DEVICE uint32_t codes_of(const float (&x)[COUNT], float scale, bool is_unsigned, int first = 0) {
-  static_assert(COUNT % 4 == 0);
-  constexpr int TAKEN = COUNT < 8 ? COUNT : 8;
-  const float lowest = is_unsigned ? 0.f : -7.f, top = is_unsigned ? 15.f : 7.f;
+// COUNT codes of BITS each, from x[first] on, the first lowest; zero where the scale is zero or NaN. The last bits of
+// v + WHOLE are v rounded, in two's complement.
+template <int BITS, int COUNT, int OWN>
+DEVICE uint32_t codes_of(const float (&x)[OWN], float scale, float lowest, float top, int first = 0) {
+  static_assert(BITS * COUNT <= 32 && COUNT <= OWN);
   uint32_t codes = 0;
 #pragma unroll
-  for (int i = 0; i < TAKEN; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     const float v = fminf(fmaxf(x[first + i] / scale, lowest), top);
-    codes |= (__builtin_bit_cast(uint32_t, v + WHOLE) & 15) << i * 4;
+    codes |= (__builtin_bit_cast(uint32_t, v + WHOLE) & ((1 << BITS) - 1)) << i * BITS;
   }
   return scale > 0 ? codes : 0;
 }
+
+// INT4 in groups of 64, signed or not; scales T, (K/64, scale_rows(M)), see scale_of_row.
+template <class T>
+struct ToInt4 {
+  // OWN neighbours of a row, from `column` on; all threads of a group call together, also where nothing is `inside`.
+  template <int OWN>
+  DEVICE static void store(const Quantizing& to, const float (&x)[OWN], int row, int column, bool inside) {
+    const float lowest = to.is_unsigned ? 0.f : -7.f, top = to.is_unsigned ? 15.f : 7.f;
+    const T stored = round_scale<T>(group_top<GROUP / OWN>(x, to.is_unsigned) / top);
+    if (!inside) return;
+    const float scale = cvt_f32(stored);
+    uint8_t* const codes = to.qx + size_t(row) * (to.K / 2) + column / 2;
+    if constexpr (OWN == 4)
+      stg(codes, uint16_t(codes_of<4, 4>(x, scale, lowest, top)));
+    else
+      stg(codes, uint2{codes_of<4, 8>(x, scale, lowest, top), codes_of<4, 8>(x, scale, lowest, top, 8)});
+    if (column % GROUP == 0)
+      stg(static_cast<T*>(to.sx) + size_t(column / GROUP) * scale_rows(to.M) + scale_of_row(row), stored);
+  }
+};
 
 }  // namespace nunchaku_py::cuda

@@ -1,6 +1,8 @@
 // The low-rank branch in the accumulators: acc += h·upᵀ, sixteen ranks at a time, h rounded to the type of up.
 #pragma once
-#include "cuda/linear_w4a4/products.cuh"
+#include "cuda/common/convert.cuh"
+#include "cuda/common/mma.cuh"
+#include "cuda/linear/stage.cuh"
 
 namespace nunchaku_py::cuda {
 

@@ -5,7 +5,7 @@
 // their order by a kernel of its own (sum_hidden). No atomics: a launch gives the same bits every time.
 #pragma once
 #include "cuda/arguments.h"
-#include "cuda/linear_w4a4/kernel.cuh"
+#include "cuda/linear/kernel.cuh"
 #include "cuda/quantize_act/codes.cuh"
 
 namespace nunchaku_py::cuda {
@@ -26,30 +26,24 @@ DEVICE float activate(float v, Activation kind) {
 // How z is quantized, and where that goes.
 template <class T>
 struct NextAct {
-  uint8_t* qx;              // (M, width/2)
-  T* sx;                    // (G, scale_rows(M))
-  const float* inv_smooth;  // (width)
-  const T* down;            // (R, width)
+  Quantizing out;           // M and K of z
+  const float* inv_smooth;  // (K)
+  const T* down;            // (R, K)
   float* parts;             // (blocks of columns, M, R): what sum_hidden makes h of
   float shift;
-  int M, width, R;  // of z; R a multiple of 8
-  bool is_unsigned;
+  int R;  // a multiple of 8
 };
 
-// Four neighbours of z, of which sixteen threads hold a group: codes and scale as quantize_act makes them.
-template <class T>
-DEVICE void quantize_four(const NextAct<T>& to, const float (&z)[VECTOR], Cell at) {
+// Four neighbours of z, of which so many threads hold a group: codes and scale as quantize_act makes them.
+template <class To, class T>
+DEVICE void quantize_four(const NextAct<T>& next, const float (&z)[VECTOR], Cell at) {
   float x[VECTOR] = {};
   if (at.inside) {
-    const float4 by = ldg<float4>(to.inv_smooth + at.column);
-    x[0] = (z[0] + to.shift) * by.x, x[1] = (z[1] + to.shift) * by.y;
-    x[2] = (z[2] + to.shift) * by.z, x[3] = (z[3] + to.shift) * by.w;
+    const float4 by = ldg<float4>(next.inv_smooth + at.column);
+    x[0] = (z[0] + next.shift) * by.x, x[1] = (z[1] + next.shift) * by.y;
+    x[2] = (z[2] + next.shift) * by.z, x[3] = (z[3] + next.shift) * by.w;
   }
-  const float top = group_top<16>(x, to.is_unsigned);
-  if (!at.inside) return;
-  const T stored = round_scale<T>(top / (to.is_unsigned ? 15.f : 7.f));
-  stg(to.qx + size_t(at.row) * (to.width / 2) + at.column / 2, uint16_t(codes_of(x, cvt_f32(stored), to.is_unsigned)));
-  if (at.column % GROUP == 0) stg(to.sx + size_t(at.column / GROUP) * scale_rows(to.M) + scale_of_row(at.row), stored);
+  To::store(next.out, x, at.row, at.column, at.inside);
 }
 
 // ---- h --------------------------------------------------------------------------------------------------------------
@@ -79,16 +73,16 @@ DEVICE void add_hidden(const Hidden<Tile, T>& slab, const NextAct<T>& next, floa
     bool inside[2];
     for (int j = 0; j < 2; ++j) {
       const int row = at.m0 + row_of_slab<Tile>(m, rows + at.g + j * 8);
-      inside[j] = row < next.M;
+      inside[j] = row < next.out.M;
       to[j] = part + size_t(inside[j] ? row : 0) * next.R + rank + at.t * 2;
     }
     if (!first) load_sums<T>(h, to[0], to[1], inside[0], inside[1]);
-    const T* down = next.down + size_t(rank + at.g) * next.width + at.n0 + at.t * 2;
+    const T* down = next.down + size_t(rank + at.g) * next.out.K + at.n0 + at.t * 2;
 #pragma unroll
     for (int k = 0; k < WIDTH; k += 16) {
       uint32_t z[4];
       ldmatrix_x4(z, slab.z + (rows + at.lane % 16) * PITCH + k + at.lane / 16 * 8);
-      const bool there = at.n0 + k < next.width;
+      const bool there = at.n0 + k < next.out.K;
       const uint32_t by[2] = {there ? ldg<uint32_t>(down + k) : 0, there ? ldg<uint32_t>(down + k + 8) : 0};
       mma_m16n8k16<T>(h, z, by);
     }
@@ -147,54 +141,56 @@ struct Quantized {
   int tiles;  // neighbouring ones, that a block goes over
 };
 
-// What follows the main loop of a tile, the first or a later one of the block's: z from column corner.n0 on.
-template <class Tile, class T, class Z>
-DEVICE void finish_next(Sums<Tile>& acc, unsigned char* shared, const Part<T, Quantized<T, Z>>& part, Corner corner,
+// What follows a tile's sums: z from column corner.n0 on; it is the first or a later one of the block's.
+template <class To, class Tile, class T, class Z>
+DEVICE void finish_next(const Sums<Tile>& y, unsigned char* shared, const Part<T, Quantized<T, Z>>& part, Corner corner,
                         bool first) {
   const Linear<T>& p = part.linear;
   const NextAct<T>& next = part.ending.next;
   auto& hidden = *reinterpret_cast<Hidden<Tile, T>*>(shared + sizeof(Slab<Tile>));
-  add_low_rank<Tile>(acc, p.branch, p.in.M, p.in.N, corner);
-  const auto visit = [&](float(&z)[VECTOR], int i, int row, int column) {
+  const auto visit = [&](float (&z)[VECTOR], int i, int row, int column) {
     const int of_z = corner.n0 + column;
-    const bool exists = column < Z::WIDTH && of_z < next.width;
-    const Cell cell = {corner.m0 + row, of_z, corner.m0 + row < next.M && exists};
+    const bool exists = column < Z::WIDTH && of_z < next.out.K;
+    const Cell cell = {corner.m0 + row, of_z, corner.m0 + row < next.out.M && exists};
     if (corner.channel(column) < p.in.N) add_bias(z, p.bias + corner.channel(column));
     part.ending.make(z);
     const uint2 rounded = {cvt_16bitx2<T>(z[0], z[1]), cvt_16bitx2<T>(z[2], z[3])};
     from_16bit<T>(z, rounded);
     // Beyond the end is whatever a clamped channel gives: it must not meet down's zeros, as infinity would.
     sts(hidden.z + i * Hidden<Tile, T>::PITCH + column, exists ? rounded : uint2{});
-    quantize_four(next, z, cell);
+    quantize_four<To>(next, z, cell);
   };
   const auto visited = [&](int m) {
     __syncthreads();
-    float* const hidden_part = next.parts + size_t(blockIdx.y) * next.M * next.R;
+    float* const hidden_part = next.parts + size_t(blockIdx.y) * next.out.M * next.R;
     add_hidden<Z::WIDTH>(hidden, next, hidden_part, m, first, Place<Tile>{corner});
   };
-  visit_rows<Tile>(*reinterpret_cast<Slab<Tile>*>(shared), acc, corner, visit, visited);
+  visit_rows<Tile>(*reinterpret_cast<Slab<Tile>*>(shared), y, corner, visit, visited);
 }
 
 // Block (x, y) takes the rows of its turn, and every one of `tiles` neighbouring tiles from y·tiles on.
-template <class Tile, class T, class Z>
-__global__ void __launch_bounds__(Tile::THREADS, BLOCKS<Tile>)
-    linear_w4a4_next_kernel(Group<T, Quantized<T, Z>> group) {
-  if constexpr (BUILT<Tile, T>) {
+template <class Tile, class Numbers, class T, class Z>
+__global__ void __launch_bounds__(Tile::THREADS, BLOCKS<Tile>) linear_next_kernel(Group<T, Quantized<T, Z>> group) {
+  if constexpr (BUILT<Tile, Numbers, T>) {
     SHARED_DYNAMIC(shared);
     for (int i = 0;; ++i) {
-      Sums<Tile> acc = {};
+      Sums<Tile, typename Numbers::Sum> sums = {};
       {
         const Turn turn = turn_of_block<Tile>(group);
         const Part<T, Quantized<T, Z>>& part = group.parts[turn.part];
         const int tile = blockIdx.y * part.ending.tiles + i;
-        if (i == part.ending.tiles || tile * Z::WIDTH >= part.ending.next.width) return;
+        if (i == part.ending.tiles || tile * Z::WIDTH >= part.ending.next.out.K) return;
         __syncthreads();  // what the last tile left in shared memory is read
-        multiply<false>(acc, buffers<Tile>(shared), part.linear.in, {turn.m0, tile * Z::WIDTH, part.linear.in.jump});
+        multiply<Tile, Numbers>(sums, buffers<Tile, Numbers>(shared), part.linear.in,
+                                {turn.m0, tile * Z::WIDTH, part.linear.in.jump});
       }
       const Turn turn = turn_of_block<Tile>(group);
       const Part<T, Quantized<T, Z>>& part = group.parts[turn.part];
       const int tile = blockIdx.y * part.ending.tiles + i;
-      finish_next<Tile>(acc, shared, part, {turn.m0, tile * Z::WIDTH, part.linear.in.jump}, i == 0);
+      const Corner corner = {turn.m0, tile * Z::WIDTH, part.linear.in.jump};
+      Sums<Tile> y;
+      complete<Tile, Numbers>(y, sums, part.linear, corner);
+      finish_next<typename Numbers::To, Tile>(y, shared, part, corner, i == 0);
     }
   }
 }

@@ -1,7 +1,7 @@
 // From accumulators to rows: what epilogues see. Sixteen rows of every warp at a time go through shared memory, as
 // floats; then a warp takes a whole row of the block's tile, each thread four neighbouring columns.
 #pragma once
-#include "cuda/linear_w4a4/products.cuh"
+#include "cuda/linear/stage.cuh"
 
 namespace nunchaku_py::cuda {
 

@@ -4,7 +4,7 @@
 
 #include "cuda/arguments.h"
 #include "cuda/common/device.cuh"
-#include "cuda/linear_w4a4/tile.h"
+#include "cuda/linear/tile.h"
 
 namespace nunchaku_py::cuda {
 

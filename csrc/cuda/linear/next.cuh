@@ -1,7 +1,7 @@
 // The endings that quantize for the next linear, launched. Their input is signed: it follows no GELU.
 #pragma once
-#include "cuda/linear_w4a4/host.cuh"
-#include "cuda/linear_w4a4/next_act.cuh"
+#include "cuda/linear/host.cuh"
+#include "cuda/linear/next_act.cuh"
 
 namespace nunchaku_py::cuda {
 
@@ -35,9 +35,12 @@ std::vector<int> parts_of(int device, std::span<const Problem> problems) {
 
 template <class T>
 NextAct<T> next_of(const LinearArguments& a, const NextArguments& to, int width) {
-  return {to.qx,    static_cast<T*>(to.sx), to.inv_smooth, static_cast<const T*>(to.down),
-          to.parts, to.shift,               a.m,           width,
-          to.r,     to.is_unsigned};
+  return {{to.qx, to.sx, a.m, width, to.codes == Codes::uint4},
+          to.inv_smooth,
+          static_cast<const T*>(to.down),
+          to.parts,
+          to.shift,
+          to.r};
 }
 
 inline void sum_parts(const LinearArguments& a, const NextArguments& to, int parts) {
@@ -46,15 +49,15 @@ inline void sum_parts(const LinearArguments& a, const NextArguments& to, int par
            static_cast<stream_t>(a.where.stream), to.parts, parts, to.h, size);
 }
 
-template <template <class> class Z, class T>
+template <template <class> class Z, class Numbers, class T>
 void launch_next(const Calls<NextArguments>& calls) {
   const auto problems = problems_of(calls);
   const Gpu here = gpu(common(calls).where.device);
   with_tile(choose(problems, here), [&]<class Tile>(Tile) {
     using Made = Z<Tile>;
     const int tiles = tiles_of_blocks<Made>(problems, Tile::BM, here.multiprocessors);
-    launch_group<Tile>(
-        linear_w4a4_next_kernel<Tile, T, Made>, calls, sizeof(Hidden<Tile, T>),
+    launch_group<Tile, Numbers>(
+        linear_next_kernel<Tile, Numbers, T, Made>, calls, sizeof(Hidden<Tile, T>),
         [&](const LinearArguments& a, const NextArguments& to) {
           return Quantized<T, Made>{next_of<T>(a, to, Made::width_of(a.n)), {to.activation, to.gate_first}, tiles};
         },

@@ -4,7 +4,7 @@
 
 namespace nunchaku_py::cuda {
 
-constexpr int ROW_BYTES = GROUP / 2;  // of the codes of a group
+constexpr int STEP_BYTES = 32;  // of a row's codes, which an instruction multiplies
 
 template <int BM_, int BN_, int WM_, int WN_, int STAGES_>
 struct Tile {
@@ -21,5 +21,9 @@ struct Tile {
   static_assert(BN % SCALE_BLOCK == 0, "scales are copied in whole blocks");
   static_assert(STAGES >= 2, "one stage is computed while the next is copied");
 };
+
+// A thread's part of a warp's fragments of y.
+template <class Tile, class Sum = float>
+using Sums = Sum[Tile::MT][Tile::NT][4];
 
 }  // namespace nunchaku_py::cuda

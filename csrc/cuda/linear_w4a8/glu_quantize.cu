@@ -1,0 +1,10 @@
+// z = value·activation(gate) of the two halves of acc + h·upᵀ + bias, quantized for the next linear, with its h
+#include "cuda/linear_w4a8/host.cuh"
+
+namespace nunchaku_py::cuda {
+
+void linear_w4a8_glu_quantize(const Calls<NextArguments>& calls) {
+  launch_activated<Gated>(calls);
+}
+
+}  // namespace nunchaku_py::cuda

@@ -1,0 +1,47 @@
+// The way to the kernels of linear_w4a8.
+#pragma once
+#include "cuda/linear/host.cuh"
+#include "cuda/linear_w4a8/activated.cuh"
+#include "cuda/linear_w4a8/int8.cuh"
+#include "cuda/quantize_act/host.cuh"
+
+namespace nunchaku_py::cuda {
+
+// With an ending that writes 16 bit.
+template <class To>
+void launch_w4a8(const Calls<To>& calls) {
+  const OnDevice here(common(calls).where.device);
+  with_type(common(calls).type, [&]<class T>(T) { launch_linear<T, Int8>(calls); });
+}
+
+// z, whose rows are complete, to INT8.
+template <class T>
+void quantize_activated(const LinearArguments& a, const NextArguments& to, int width) {
+  QuantizeArguments next;
+  next.where = a.where, next.type = a.type, next.m = a.m, next.k = width, next.r = to.r;
+  next.x = to.z, next.inv_smooth = to.inv_smooth, next.down = to.down, next.tops = to.tops;
+  next.codes = Codes::int8, next.qx = to.qx, next.sx = to.sx, next.h = to.h;
+  launch_codes<T, InRows<true>>(next, AsItIs<T>{});
+}
+
+// Z: Plain<Tile> or Gated<Tile>
+template <template <class> class Z>
+void launch_activated(const Calls<NextArguments>& calls) {
+  const OnDevice here(common(calls).where.device);
+  with_type(common(calls).type, [&]<class T>(T) {
+    with_tile(choose(problems_of(calls), gpu(common(calls).where.device)), [&]<class Tile>(Tile) {
+      using Made = Z<Tile>;
+      launch_group<Tile, Int8>(
+          linear_activated_kernel<Tile, Int8, T, Made>, calls, 0,
+          [](const LinearArguments& a, const NextArguments& to) {
+            return Activated<T, Made>{static_cast<T*>(to.z),         to.tops, to.inv_smooth, a.m, Made::width_of(a.n),
+                                      {to.activation, to.gate_first}};
+          },
+          [](const LinearArguments& a) { return pieces(Made::width_of(a.n), Made::WIDTH); },
+          [](const LinearArguments& a) { return Made::jump_of(a.n); });
+      for (const auto& [a, to] : calls) quantize_activated<T>(a, to, Made::width_of(a.n));
+    });
+  });
+}
+
+}  // namespace nunchaku_py::cuda
