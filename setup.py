@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120a")
 CUDA_SOURCES = (
     "csrc/cuda/device_info.cu",
+    "csrc/cuda/linear_w4a8/expand.cu",
     *(f"csrc/cuda/{op}/{op}.cu" for op in ("linear_w4a16", "norm_modulate_quantize", "quantize_act")),
     *(f"csrc/cuda/{op}/{ending}.cu" for op in ("linear_w4a4", "linear_w4a8")
       for ending in (op, "gate_residual", "gelu_quantize", "glu_quantize", "qkv_rope")),

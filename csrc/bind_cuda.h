@@ -47,6 +47,16 @@ inline LinearArguments linear_arguments(int device, Address stream, int type, in
   return a;
 }
 
+inline ExpandArguments expand_arguments(int device, Address stream, int type, int codes, int n, int k, int group,
+                                        Address qw, Address sw, Address row_scales, Address channel_scales,
+                                        Address w8) {
+  ExpandArguments a;
+  a.where = where(device, stream), a.type = Type(type), a.codes = Codes(codes), a.n = n, a.k = k, a.group = group;
+  a.qw = at<std::uint8_t>(qw), a.sw = at<void>(sw), a.w8 = at<void>(w8);
+  a.row_scales = at<float>(row_scales), a.channel_scales = at<float>(channel_scales);
+  return a;
+}
+
 inline StoreArguments store_arguments(Address y) {
   return {at<void>(y)};
 }
@@ -103,6 +113,7 @@ inline void bind_cuda(py::module_ m) {
       .def(py::init(&quantize_arguments))
       .def("set_norm", &set_norm);
   py::class_<LinearArguments>(m, "LinearArguments", local).def(py::init(&linear_arguments));
+  py::class_<ExpandArguments>(m, "ExpandArguments", local).def(py::init(&expand_arguments));
   py::class_<StoreArguments>(m, "StoreArguments", local).def(py::init(&store_arguments));
   py::class_<GateResidualArguments>(m, "GateResidualArguments", local).def(py::init(&gate_residual_arguments));
   py::class_<QkvRopeArguments>(m, "QkvRopeArguments", local).def(py::init(&qkv_rope_arguments));
@@ -111,6 +122,7 @@ inline void bind_cuda(py::module_ m) {
       .def("set_parts", &set_parts)
       .def("set_activated", &set_activated);
   py::class_<DecodedArguments>(m, "DecodedArguments", local).def(py::init(&decoded_arguments));
+  m.def("expand_int8", &expand_int8, Free());
   m.def("linear_w4a16", &linear_w4a16, Free());
   m.def("quantize_act", &quantize_act, Free());
   m.def("norm_modulate_quantize", &norm_modulate_quantize, Free());

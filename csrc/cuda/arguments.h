@@ -53,6 +53,18 @@ struct LinearArguments {
   const float* bias = nullptr;
 };
 
+// A 4-bit weight (n, k) as INT8: what linear_w4a8 multiplies.
+struct ExpandArguments {
+  Where where;
+  Type type = Type::bf16;  // of INT4 scales
+  Codes codes = Codes::int4;
+  int n = 0, k = 0, group = 0;
+  const std::uint8_t* qw = nullptr;
+  const void* sw = nullptr;                                      // in rows
+  const float *row_scales = nullptr, *channel_scales = nullptr;  // of the result; NVFP4's
+  void* w8 = nullptr;
+};
+
 struct StoreArguments {
   void* y = nullptr;
 };
@@ -106,6 +118,7 @@ void quantize_act(const QuantizeArguments& a);
 void norm_modulate_quantize(const QuantizeArguments& a);
 
 void linear_w4a16(const DecodedArguments& a);
+void expand_int8(const ExpandArguments& a);
 
 // Linears in one launch, of which none needs the others: of one device, type and kind of codes.
 template <class To>

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from nunchaku_py import native
-from nunchaku_py.backends import cuda
+from nunchaku_py.backends.cuda import device as gpu
 from tests.simt import build
 
 
@@ -88,9 +88,9 @@ def as_turing(on_turing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def taken_for_gpu(monkeypatch: pytest.MonkeyPatch, on_host: ModuleType, capability: tuple[int, int]) -> Iterator[None]:
     monkeypatch.setattr(native, "module", _WithCuda(on_host.cuda, "{}{}".format(*capability)))
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "_capability", lambda device: capability)
-    asked_once = cuda._refuses_capability, cuda._refuses_driver
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "capability_of", lambda device: capability)
+    asked_once = gpu.refuses_capability, gpu.refuses_driver
     for cached in asked_once:
         cached.cache_clear()
     yield

@@ -7,6 +7,7 @@
 #include "cuda/linear_w4a4/glu_quantize.cu"
 #include "cuda/linear_w4a4/linear_w4a4.cu"
 #include "cuda/linear_w4a4/qkv_rope.cu"
+#include "cuda/linear_w4a8/expand.cu"
 #include "cuda/linear_w4a8/gate_residual.cu"
 #include "cuda/linear_w4a8/gelu_quantize.cu"
 #include "cuda/linear_w4a8/glu_quantize.cu"

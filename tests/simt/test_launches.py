@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 import nunchaku_py as nq
 from nunchaku_py import ops
-from nunchaku_py.backends import cuda
+from nunchaku_py.backends.cuda import linears
 from tests.simt.calls import CODES, PACKED, assert_same_quantized, operands, packed, specs
 from tests.simt.layouts import tokens_in_rows
 from tests.simt.test_linear_w4a4_endings import assert_near
@@ -68,8 +68,8 @@ def test_calls_in_one_launch(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("as_gpu")
 def test_one_launch_for_what_can_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
-    launched = cuda._launch
-    monkeypatch.setattr(cuda, "_launch", lambda name, calls, ending: launches.append(len(calls)) or
+    launched = linears._launch
+    monkeypatch.setattr(linears, "_launch", lambda name, calls, ending: launches.append(len(calls)) or
                         launched(name, calls, ending))
     (op, mma, _), *_ = endings(torch.bfloat16)
     (_, half, _), *_ = endings(torch.float16)

@@ -11,6 +11,7 @@ from torch import Tensor
 import nunchaku_py as nq
 from nunchaku_py import native, ops
 from nunchaku_py.backends import cuda
+from nunchaku_py.backends.cuda import device as gpu
 from nunchaku_py.commands.op_samples import sample
 from nunchaku_py.ops import ActSpec, LinearSpec
 from nunchaku_py.ops.spec import MMA
@@ -147,7 +148,7 @@ def test_which_code_runs_where(target: str, capability: tuple[int, int], runs: b
 @pytest.mark.usefixtures("as_gpu")
 def test_a_gpu_without_its_code_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, said in (((7, 0), "compute capability 7.5, this GPU has 7.0"), ((12, 0), "12.0, but for 89")):
-        monkeypatch.setattr(cuda, "_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(gpu, "capability_of", lambda device, found=capability: found)
         with pytest.raises(nq.NunchakuError, match=said):
             ops.linear_w4a4(*packed(operands(4, 32, 64, 16)), specs(64)[1])
 

@@ -27,6 +27,13 @@ DEVICE float cvt_f32(f16 v) {
 #endif
 }
 
+// e4m3, which the oldest targets have no instruction for: its bits are those of a float whose exponent counts 120 less.
+DEVICE float cvt_f32(e4m3 v) {
+  const uint32_t bits = uint32_t(v), magnitude = bits & 127;
+  const float value = __builtin_bit_cast(float, magnitude << 20) * 0x1p120f;
+  return magnitude == 127 ? __builtin_bit_cast(float, 0x7fffffff) : bits & 128 ? -value : value;
+}
+
 template <class T>
 DEVICE void cvt_f32x2(float (&to)[2], uint32_t pair) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -111,6 +118,21 @@ DEVICE uint32_t cvt_e2m1x2(float low, float high) {
     return v != v ? 7 : code | (__builtin_bit_cast(uint32_t, v) >> 28 & 8);
   };
   return one(low) | one(high) << 4;
+#endif
+}
+
+// ---- bytes ----------------------------------------------------------------------------------------------------------
+// Four bytes of the eight of {b, a}: nibble i of `which` says which one becomes byte i, 0 being the lowest of a.
+DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t which) {
+#ifndef __CUDACC__
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t taken = 0;
+  for (int i = 0; i < 4; ++i) taken |= uint32_t(bytes >> (which >> i * 4 & 7) * 8 & 255) << i * 8;
+  return taken;
+#else
+  uint32_t taken;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(taken) : "r"(a), "r"(b), "r"(which & 0x7777));
+  return taken;
 #endif
 }
 

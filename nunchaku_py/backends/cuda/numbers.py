@@ -1,0 +1,70 @@
+"""Which numbers the kernels multiply, how their scales lie on the device, and why they do not take others."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...layout import Layout
+from ...ops.checks import short
+from ...ops.registry import forced_backend
+from ...ops.spec import ActSpec, LinearSpec
+from . import device as gpu
+
+CODES = {"int4": 1, "uint4": 2, "nvfp4": 3, "int8": 4}
+GROUP = 64  # inputs that share an INT4 scale, and that a warp quantizes at a time
+CHANNELS = 16  # output channels come in multiples of it
+GROUPS = {"int4": GROUP, "uint4": GROUP, "nvfp4": 16, "int8": 0}
+LONGEST = 2**16 * GROUP // 2  # inputs whose steps a kernel counts in 16 bits
+_CHANNELS = Layout("(N n:8 t:4 e:2) (G) -> G N t n e")
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+def packed_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight's INT4 scales (N,G) as kernels read them, (G, rows padded to 64)."""
+    padded = _CHANNELS.pad(scales.to(dtype))
+    return _CHANNELS.pack(padded).view(padded.shape[1], padded.shape[0])
+
+
+def why_not_packed(spec: LinearSpec, n: int, scales: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a weight's scales stay as the file holds them, on this device and for activations of this dtype."""
+    if scales.device.type == gpu.DEVICE and not gpu.asked_for(scales.device):
+        return f"the backend '{forced_backend()}' is asked for"
+    refused = gpu.refuses_device(scales) or gpu.refuses_dtype(dtype, scales.device)
+    refused = refused or refuses_weight(spec, n, scales.device)
+    if refused is None and not torch.equal(scales.to(dtype).float(), scales.float()):
+        return f"its scales are no {short(dtype)} numbers"
+    return refused
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+def refuses_act(spec: ActSpec, k: int, device: torch.device) -> str | None:
+    if spec.format not in CODES or spec.group != GROUPS[spec.format]:
+        return f"its activations are INT4 in groups of {GROUP} or INT8, not {spec.format} in groups of {spec.group}"
+    if spec.format == "nvfp4" and (refused := gpu.refuses_nvfp4(device)):
+        return refused
+    if k >= LONGEST:
+        return f"it takes fewer than {LONGEST} inputs, not {k}"
+    return None if k and k % GROUP == 0 else f"it takes inputs in whole groups of {GROUP}, not {k}"
+
+
+def refuses_weight(spec: LinearSpec, n: int, device: torch.device) -> str | None:
+    if n % CHANNELS:
+        return f"it takes output channels in multiples of {CHANNELS}, not {n}"
+    if spec.act.format == "int8":
+        return _refuses_expanding(spec) or refuses_act(spec.act, spec.k, device)
+    wanted = "int4" if spec.act.format == "uint4" else spec.act.format
+    if spec.weight != wanted or spec.group != GROUPS[wanted]:
+        return f"its weights are INT4 in groups of {GROUP}, not {spec.weight} in groups of {spec.group}"
+    return refuses_act(spec.act, spec.k, device)
+
+
+def _refuses_expanding(spec: LinearSpec) -> str | None:
+    """Of a weight that is not INT8 yet."""
+    if spec.weight == "int8":
+        return None
+    if not spec.row_scales:
+        return f"it multiplies INT8 weights, and {spec.weight} ones only where the scales that they fold to are given"
+    smallest = {"int4": 32, "nvfp4": 16}[spec.weight]
+    if spec.group % smallest:
+        return f"it expands {spec.weight} weights in groups that are multiples of {smallest}, not {spec.group}"
+    return None
