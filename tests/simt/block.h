@@ -135,8 +135,10 @@ inline void check_launch(dim3 block, std::size_t shared_bytes) {
     throw Error("launch: " + std::to_string(shared_bytes) + " bytes of shared memory in a block");
 }
 
-inline void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared_bytes) {
+inline void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+                     int cluster = 1) {
   check_launch(block, shared_bytes);
+  if (cluster != 1) throw Error("launch: clusters have no model yet");
   const unsigned blocks = grid.x * grid.y * grid.z;
   if (blocks == 0) throw Error("launch: a grid without blocks");
   std::atomic<unsigned> next = 0;

@@ -32,6 +32,13 @@ constexpr int TARGET = SIMT_TARGET;
 constexpr int TARGET = 1000;
 #endif
 
+// Hopper's own instructions are not those of every GPU from 9.0 on: code for sm_90 may not have them, nor later GPUs.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool HOPPER = TARGET >= 90;
+#else
+constexpr bool HOPPER = false;
+#endif
+
 #ifdef __CUDACC__
 using stream_t = cudaStream_t;
 
@@ -41,25 +48,39 @@ inline void check_launch(cudaError_t error) {
   throw std::runtime_error(std::string("a CUDA kernel could not be launched: ") + cudaGetErrorString(error));
 }
 
+// In clusters of so many blocks along x, of which the grid is a multiple.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream, A&&... arguments) {
+void launch_cluster(int cluster, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream,
+                    A&&... arguments) {
   constexpr size_t FREE = 48 << 10;  // more has to be asked for
   const void* const function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > FREE)
     check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  cudaLaunchAttribute size = {};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim.x = unsigned(cluster), size.val.clusterDim.y = size.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = &size, config.numAttrs = cluster > 1;  // GPUs before 9.0 know no clusters, not even of one block
   [&](P... parameters) {  // converts the arguments to the types of the parameters
     void* pointers[] = {&parameters..., nullptr};
-    check_launch(cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream));
+    check_launch(cudaLaunchKernelExC(&config, function, pointers));
   }(static_cast<A&&>(arguments)...);
 }
 #else
 using stream_t = void*;
 
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t, A&&... arguments) {
+void launch_cluster(int cluster, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t,
+                    A&&... arguments) {
   simt::run_grid([kernel, ... parameters = static_cast<P>(arguments)] { kernel(parameters...); }, grid, block,
-                 shared_bytes);
+                 shared_bytes, cluster);
 }
 #endif
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, stream_t stream, A&&... arguments) {
+  launch_cluster(1, kernel, grid, block, shared_bytes, stream, static_cast<A&&>(arguments)...);
+}
 
 }  // namespace nunchaku_py::cuda
