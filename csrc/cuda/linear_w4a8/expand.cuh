@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(EXPANDING_THREADS) expand_kernel(ExpandParams 
   const uint32_t codes[4] = {found.x, found.y, found.z, found.w};
   const float row_scale = ldg<float>(p.row_scales + n);
   const float channel_scale = p.channel_scales ? ldg<float>(p.channel_scales + n) : 1.f;
-  const auto* const scales = static_cast<const typename Weight::Scale*>(p.sw) + size_t(n) * ((p.K + p.group - 1) / p.group);
+  const auto* const scales =
+      static_cast<const typename Weight::Scale*>(p.sw) + size_t(n) * ((p.K + p.group - 1) / p.group);
   uint32_t w8[8];
 #pragma unroll
   for (int j = 0; j < EXPANDED; j += Weight::SHARING) {
