@@ -28,6 +28,7 @@ from .errors import NunchakuError
 FormatName = Literal["int4", "uint4", "nvfp4", "int8"]
 TOP = {"int4": 7, "uint4": 15, "nvfp4": 6, "int8": 127}  # the largest value of a code
 LOWEST = {"int4": -7, "uint4": 0, "nvfp4": -6, "int8": -127}
+MOST_STEPS = 144  # a weight that fold_int8 may cut off is at most so many steps large
 CHUNK = 2**20  # elements worked on at a time: temporaries of a few MB stay in the cache
 
 
@@ -213,16 +214,53 @@ def quantize_rows(x: Tensor, fmt: Format, scale_dtype: torch.dtype) -> tuple[Ten
 def fold_int8(
     codes: Tensor, scales: Tensor, fmt: Format, zeros: Tensor | None = None, channel_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same weights as w8 (N,K) int8 and one scale per row s_ch (N) fp32: s_ch = max|w|/127, w8 = round(w/s_ch)."""
+    """The same weights as w8 (N,K) int8 and one scale per row s_ch (N) fp32: w8 = round(w/s_ch), saturated.
+
+    s_ch = max|w|/127; of an nvfp4 row the one with the least squared error Σ(w − w8·s_ch)², of that and two that its
+    own grid gives (fold_scales)."""
     w8 = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
     s_ch = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
     _check_scales(codes, scales, fmt)
     for rows in row_chunks(*codes.shape):
         taken = (None if t is None else t[rows] for t in (zeros, channel_scale))
         w = decode(codes[rows], scales[rows], fmt, *taken)
-        w8[rows], folded = quantize_rows(w, INT8, torch.float32)
-        s_ch[rows] = folded[:, 0]
+        top = group_top(w, INT8)[:, 0]
+        s_ch[rows] = round_scale(top / INT8.top, torch.float32)
+        if fmt.name == "nvfp4":
+            channel = torch.ones_like(top) if channel_scale is None else channel_scale[rows].float()
+            s_ch[rows] = fold_scales(codes[rows], scales[rows], fmt, channel, top)
+        w8[rows] = encode(w, s_ch[rows].unsqueeze(1), INT8)
     return w8, s_ch
+
+
+def fold_scales(codes: Tensor, scales: Tensor, fmt: Format, channel: Tensor, top: Tensor) -> Tensor:
+    """s_ch (N) of nvfp4 rows whose largest weight is `top` (N) and whose channel_scale is `channel` (N).
+
+    A scale is m·2^e with m = 8 … 15 and a code counts halves, so a row's weights are whole multiples of channel·2^j, and
+    many of them of three halves of it. With such a step many groups fold without error, which is worth a step a little
+    larger than max/127, or a largest weight that is cut off a little: from 144 = 12·12 steps to 127. The next larger
+    of both kinds competes with max/127."""
+    sizes, plain = _from_codes(codes & 7, fmt), top / INT8.top
+    best, least = plain, _fold_error(sizes, scales, fmt, channel / plain)
+    for part in (1.0, 1.5):
+        step = channel * (_power_of_two_above(top / MOST_STEPS / channel / part) * part)
+        ratio = step / plain
+        error = _fold_error(sizes, scales, fmt, channel / step) * (ratio * ratio)
+        better = (error < least) & (step > 0) & (plain >= torch.finfo(torch.float32).tiny)
+        best, least = torch.where(better, step, best), torch.where(better, error, least)
+    return best
+
+
+def _power_of_two_above(x: Tensor) -> Tensor:
+    """The least power of two that is no smaller than x (fp32, positive and normal)."""
+    return ((x.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def _fold_error(sizes: Tensor, scales: Tensor, fmt: Format, factor: Tensor) -> Tensor:
+    """Σ(32·e)² fp32 (N), e what a weight is off in steps, 32·e rounded: sums of whole numbers have no order."""
+    steps = mul_groups_(sizes.clone(), scales.float() * factor.unsqueeze(1), fmt.group)
+    off = steps.sub_(steps.clamp(max=INT8.top).round_())
+    return off.mul_(32).round_().square_().sum(1, dtype=torch.float64).float()
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def test_unpacked_and_fold(fmt):
     w8, s_ch = q.fold_int8()
     expected = fold_int8(q.unpacked(), q.scales, fmt, q.zeros, q.channel_scale)
     assert torch.equal(w8, expected[0]) and torch.equal(s_ch, expected[1])
-    assert ((w8 * s_ch[:, None] - q.dequantize()).abs() <= s_ch[:, None] * 0.5001).all()
+    off, largest = (w8 * s_ch[:, None] - q.dequantize()).abs() / s_ch[:, None], w8.abs() == 127
+    assert (off <= 0.5001).logical_or(largest & (fmt.name == "nvfp4")).all()
 
 
 def test_input_is_left_alone_and_may_be_16_bit_or_strided():

@@ -148,14 +148,45 @@ struct WeightRow {
   float s_ch = 0;
   std::vector<int> w8;
 
-  void fold() {
+  void fold() { fold_by(largest() / 127); }
+
+  float largest() const {
     float top = 0;
     for (const float v : w) top = std::max(top, std::fabs(v));
-    s_ch = top / 127;
+    return top;
+  }
+  void fold_by(float scale) {
+    s_ch = scale;
     for (const float v : w) {
       const float code = std::min(std::max(v / s_ch, -127.0f), 127.0f);
       w8.push_back(s_ch > 0 ? code_of(Format::int8, code) : 0);
     }
+  }
+
+  // nvfp4, of codes that count `sizes` times their scale times the channel's: the best of three steps.
+  void fold_nvfp4(const std::vector<float>& sizes, const std::vector<float>& scales, float channel) {
+    const float top = largest(), plain = top / 127;
+    float best = plain, least = fold_error(sizes, scales, channel / plain);
+    for (const float part : {1.0f, 1.5f}) {
+      const float step = channel * (power_of_two_above(top / 144 / channel / part) * part), ratio = step / plain;
+      const float error = fold_error(sizes, scales, channel / step) * (ratio * ratio);
+      if (!(error < least) || !(step > 0) || !(plain >= std::numeric_limits<float>::min())) continue;
+      best = step;
+      least = error;
+    }
+    fold_by(best);
+  }
+  static float fold_error(const std::vector<float>& sizes, const std::vector<float>& scales, float factor) {
+    double sum = 0;
+    for (std::size_t i = 0; i < sizes.size(); i++) {
+      const float steps = sizes[i] * (scales[i] * factor), off = steps - std::nearbyint(std::min(steps, 127.0f));
+      sum += std::pow(static_cast<double>(std::nearbyint(off * 32)), 2);
+    }
+    return static_cast<float>(sum);
+  }
+  static float power_of_two_above(float x) {
+    int exponent = 0;
+    return std::frexp(x, &exponent) == 0.5f ? x : std::ldexp(1.0f, exponent);
   }
 };
 

@@ -76,6 +76,7 @@ struct LinearCase {
 
   WeightRow weight_row(std::int64_t n) const {
     WeightRow row;
+    std::vector<float> sizes, scales;  // of nvfp4
     const auto* packed = weights.as<std::uint8_t>() + n * row_bytes(a.weight);
     for (std::int64_t k = 0; k < a.k; k++) {
       if (a.weight == Format::int8) {
@@ -94,13 +95,16 @@ struct LinearCase {
         w = w + static_cast<float>(aux[place]);
       }
       if (a.weight == Format::nvfp4) {
+        sizes.push_back(std::fabs(code));
+        scales.push_back(static_cast<float>(weight_scales[place]));
         w = w * static_cast<float>(aux[n]);
         size = std::fabs(w);
       }
       row.w.push_back(w);
       row.size.push_back(size);
     }
-    if (a.weight != Format::int8) row.fold();
+    if (a.weight == Format::nvfp4) row.fold_nvfp4(sizes, scales, static_cast<float>(aux[n]));
+    if (a.weight == Format::int4 || a.weight == Format::uint4) row.fold();
     return row;
   }
 

@@ -3,7 +3,7 @@
 #pragma once
 #include "../scratch.h"
 #include "finish.h"
-#include "weights.h"
+#include "fold.h"
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 

@@ -7,6 +7,7 @@ namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
 constexpr float largest_float = std::numeric_limits<float>::max();
+constexpr float smallest_normal = std::numeric_limits<float>::min();
 
 constexpr std::int64_t size_of(Type type) {
   return type == Type::f32 ? 4 : 2;

@@ -14,6 +14,7 @@ constexpr int span = 16;  // and that share a table; groups are multiples of it
 alignas(64) constexpr float int4_values[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 alignas(64) constexpr float uint4_values[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 alignas(64) constexpr float e2m1_values[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0f, -.5, -1, -1.5, -2, -3, -4, -6};
+alignas(64) constexpr float e2m1_sizes[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, 0, .5, 1, 1.5, 2, 3, 4, 6};
 
 inline const float* values_of(Format format) {
   return format == Format::int4 ? int4_values : format == Format::uint4 ? uint4_values : e2m1_values;
@@ -141,11 +142,6 @@ inline float row_top(const Codes& w, std::int64_t n) {
     top = top > found ? top : found;
   }
   return top;
-}
-
-// One scale per row for INT8: max|w|/127, as formats.fold_int8.
-inline float row_scale(const Codes& w, std::int64_t n) {
-  return row_top(w, n) / 127;
 }
 
 // The INT8 value of each code: round(w/s), sixteen for every group of row n. A subnormal s may be so far below
