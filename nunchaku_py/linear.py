@@ -1,4 +1,4 @@
-"""QuantLinear: the module that stands where nn.Linear stood, and its 1×1-convolution twin.
+"""QuantLinear: the module that stands where nn.Linear stood. Its 1×1-convolution twin is in conv.py.
 
 The canonical tensors are parameters (so offload hooks move them); what packing derives from them for one device and
 mode are non-persistent buffers (so state_dict() stays canonical). Packing happens when a mode is set, on a move to a
@@ -20,7 +20,18 @@ from .input_key import InputKey, digest_of, input_key
 from .lora.branch import Adapter, Columns, InputGroup, Room, own_columns
 from .module_tools import dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
-from .site import MODES, Mode, Packing, QuantizedInput, Residency, Site, SiteTensors, auto_mode, shift_correction
+from .site import (
+    MODES,
+    Mode,
+    Packing,
+    QuantizedInput,
+    Residency,
+    Site,
+    SiteTensors,
+    auto_mode,
+    auto_weights,
+    shift_correction,
+)
 from .tensor import QTensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -40,6 +51,7 @@ class QuantizedSite(nn.Module):
         self.file_dtype = dtype  # 16 bit, of the stored tensors: casting the module never changes it
         self.compute_dtype = dtype
         self.requested_mode: str = "auto"
+        self.requested_weights: str = "auto"
         self.row_dtype: torch.dtype | None = None  # of the rows that came last; None: since a move or cast, none has
         self.packed: Packing | None = None
         self.input_key: InputKey | None = None
@@ -99,6 +111,14 @@ class QuantizedSite(nn.Module):
         if now and self.has_data():
             self.pack()
 
+    def set_weights(self, weights: str) -> None:
+        """How mode a8 holds the weight on a GPU: see nq.set_weights."""
+        if weights != self.requested_weights:
+            self.requested_weights = weights
+            self._unpack()
+        if self.has_data():
+            self.pack()
+
     def has_data(self) -> bool:
         """False on the meta device, where offloading leaves the tensors between calls."""
         return not any(p.is_meta for p in self._parameters.values() if p is not None)
@@ -129,24 +149,33 @@ class QuantizedSite(nn.Module):
         return Packing(mode, self._residency(mode), self.codes.device.type, self._packing_dtype(mode))
 
     def _packing_dtype(self, mode: Mode) -> torch.dtype | None:
-        """Only the CUDA kernels of a4 want their scales in the type of the rows."""
-        if mode != "a4" or not cuda.asked_for(self.codes.device):
+        """The CUDA kernels of a4 want their scales in the type of the rows; those of a8 have no float32."""
+        if mode == "a16" or not cuda.asked_for(self.codes.device):
             return None
+        dtype = self._row_dtype()
+        return dtype if mode == "a4" or dtype == torch.float32 else None
+
+    def _row_dtype(self) -> torch.dtype:
         return self.row_dtype or self.compute_dtype
 
     def _residency(self, mode: Mode) -> Residency:
-        """Weights stay 4 bits where the kernels take them as they are, or fold them as fast as they read them."""
+        """Weights stay 4 bits where the kernels take them as they are, or fold them as fast as they read them; on a GPU
+        also where INT8 would be too much to hold or to move."""
         if mode == "a4" and self.why_not_mma() is None:
             return "mma"
         scaled = self.site.linear_spec(mode, self.rows_in, "scaled")
-        if scaled.row_scales and cpu.folds(scaled, self.codes.device):
-            return "scaled"
-        return "codes" if scaled.act.format != "int8" or is_offloaded(self) else "folded"
+        device, offloaded = self.codes.device, is_offloaded(self)
+        if not scaled.row_scales:
+            return "codes"
+        if cuda.expands(scaled, self.rows_out, device, self._row_dtype()):
+            wanted = auto_weights(device) if self.requested_weights == "auto" else self.requested_weights
+            return "scaled" if offloaded or wanted == "int4" else "folded"
+        return "scaled" if cpu.folds(scaled, device) else "codes" if offloaded else "folded"
 
     def why_not_mma(self) -> str | None:
         """Why the CUDA kernels do not multiply 4-bit activations by this site's weight."""
         spec = self.site.linear_spec("a4", self.rows_in)
-        return cuda.why_not_packed(spec, self.rows_out, self.scales.data, self.row_dtype or self.compute_dtype)
+        return cuda.why_not_packed(spec, self.rows_out, self.scales.data, self._row_dtype())
 
     def _fold(self) -> tuple[Tensor | None, Tensor | None]:
         """(folded_codes, folded_scales): INT8 and its scales; or none, and what stands in aux before channel_scale."""
@@ -155,7 +184,8 @@ class QuantizedSite(nn.Module):
             return self.qtensor().fold_int8()
         if not spec.row_scales:
             return None, None
-        scales, channel = cpu.row_scales(self.qtensor()), self._parameters.get("channel_scale")
+        weight, channel = self.qtensor(), self._parameters.get("channel_scale")
+        scales = cpu.row_scales(weight) if weight.codes.device.type == "cpu" else weight.fold_int8()[1]
         return None, scales if channel is None else torch.cat((scales, channel.data))
 
     def _unpack(self) -> None:
@@ -265,7 +295,7 @@ class QuantizedSite(nn.Module):
     # ------------------------------------------------------------------------------------- the nn.Module surface
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves follow; casts do not reach the stored tensors (their bits are the model) but set the compute dtype."""
-        device, before = self.codes.device, self.row_dtype or self.compute_dtype
+        device, before = self.codes.device, self._row_dtype()
         super()._apply(lambda tensor: move_only(fn, tensor), recurse)
         wanted = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         self.compute_dtype = wanted if wanted in COMPUTE_DTYPES else self.compute_dtype
@@ -362,37 +392,6 @@ class QuantLinear(QuantPart, nn.Linear):
         bias = self.effective_bias()
         out = nn.Linear(self.in_features, self.out_features, bias is not None, self.codes.device, self.compute_dtype)
         return filled(out, self.effective_weight(), bias)
-
-
-class QuantConv1x1(QuantizedSite, nn.Conv2d):
-    """A quantized 1×1 nn.Conv2d: a linear over channels."""
-
-    def __init__(self, site: Site, in_channels: int, out_channels: int, bias: bool, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation, self.groups = (1, 1), (1, 1), (1, 1), 1
-        self.padding, self.padding_mode, self.transposed, self.output_padding = (0, 0), "zeros", False, (0, 0)
-        self._declare(site, out_channels, in_channels, bias, dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        return self._shim(self.out_channels, self.in_channels, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-3] != self.in_channels:
-            raise NunchakuError(f"input: expected (…, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        last = x.movedim(-3, -1)
-        y = self.apply_rows(last.reshape(-1, self.in_channels)).reshape(*last.shape[:-1], self.out_channels)
-        return y.movedim(-1, -3).contiguous()
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}, {self.describe()}"
-
-    def dense(self) -> nn.Conv2d:
-        bias = self.effective_bias()
-        out = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=bias is not None,
-                        device=self.codes.device, dtype=self.compute_dtype)
-        return filled(out, self.effective_weight()[:, :, None, None], bias)
 
 
 def _data(parameter: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from .tensor import QTensor
 Kind = Literal["w4a4", "w4a16"]
 Mode = Literal["a4", "a8", "a16"]
 MODES: tuple[Mode, ...] = ("a4", "a8", "a16")
+WEIGHTS = ("int8", "int4")  # how mode a8 may hold them on a GPU
 # Of an a8 site's weights: INT8 beside the codes; the codes and the scales that rows fold to; the codes alone. Of an a4
 # site's: the codes alone, or with scales in the layout of the CUDA kernels.
 Residency = Literal["folded", "scaled", "codes", "mma"]
@@ -153,6 +154,12 @@ def auto_mode(site: Site, device: torch.device) -> Mode:
         return "a8"
     native = _native_int4 if site.format == "int4" else _native_nvfp4
     return "a4" if native(torch.cuda.get_device_capability(device)) else "a8"
+
+
+def auto_weights(device: torch.device) -> str:
+    """GPUs of data centers have the memory for INT8 beside the codes; elsewhere expanding costs less than it frees."""
+    roomy = device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3))
+    return "int8" if roomy else "int4"
 
 
 def _native_int4(capability: tuple[int, int]) -> bool:

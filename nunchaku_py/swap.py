@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from . import fusion
+from .conv import QuantConv1x1
 from .errors import NunchakuError
-from .linear import QuantConv1x1, QuantizedSite, QuantLinear
+from .linear import QuantizedSite, QuantLinear
 from .lora.branch import InputGroup
 from .models.discover import shared_children
 from .models.pattern import pattern_of
 from .module_tools import adapted_layers
-from .site import Site
+from .site import WEIGHTS, Site
 from .split_linear import SplitLinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -96,6 +97,16 @@ def set_mode(target: object, mode: str) -> None:
     for model in quantized_models(target):
         for site in quantized_sites(model):
             site.set_mode(mode)
+
+
+def set_weights(target: object, weights: str) -> None:
+    """How linears in mode a8 hold their weights on a GPU: "int8", folded once (12 bits a weight with the codes, which
+    stay), "int4" (4 bits, expanded in every call), or "auto". In place; the CPU's kernels always take 4 bits."""
+    if weights not in ("auto", *WEIGHTS):
+        raise NunchakuError(f"weights: expected 'auto', 'int8' or 'int4', got {weights!r}")
+    for model in quantized_models(target):
+        for site in quantized_sites(model):
+            site.set_weights(weights)
 
 
 def set_fusion(target: object, enabled: bool) -> None:

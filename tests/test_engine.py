@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from benchmarks.quality.synthetic import stats_of
+from nunchaku_py.conv import QuantConv1x1
 from nunchaku_py.engine import GELU_SHIFT, Engine, Job, jobs_of
 from nunchaku_py.errors import NunchakuError
-from nunchaku_py.linear import QuantConv1x1, QuantLinear
+from nunchaku_py.linear import QuantLinear
 from nunchaku_py.methods.work import Context
 from nunchaku_py.models.plan import Plan, Unit
 from nunchaku_py.recipes import RECIPES

@@ -8,9 +8,10 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
+from nunchaku_py.conv import QuantConv1x1
 from nunchaku_py.errors import NunchakuError
 from nunchaku_py.formats import format_of
-from nunchaku_py.linear import QuantConv1x1, QuantLinear
+from nunchaku_py.linear import QuantLinear
 from nunchaku_py.site import MODES, Site, SiteTensors, auto_mode, shift_correction
 from nunchaku_py.split_linear import SplitLinear
 from nunchaku_py.tensor import QTensor

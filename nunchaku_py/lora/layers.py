@@ -14,9 +14,10 @@ from peft.tuners.lora.layer import Conv2d, Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..conv import QuantConv1x1
 from ..errors import NunchakuError
 from ..fusion import is_hooked
-from ..linear import QuantConv1x1, QuantizedSite, QuantLinear
+from ..linear import QuantizedSite, QuantLinear
 from ..split_linear import SplitLinear
 from .branch import Adapter, fold, looks_later, rescale
 from .dora import QuantDora

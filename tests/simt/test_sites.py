@@ -144,3 +144,44 @@ def test_adapters_are_rank_to_the_kernels(ranks: tuple[int, int]) -> None:
             assert_added(y, after, x, *adapters)
         else:
             assert torch.equal(after, y)
+
+
+def int8_linear(fmt: str, n: int, k: int) -> QuantLinear:
+    torch.manual_seed(n + k)
+    group = 64 if fmt == "int4" else 16
+    module = QuantLinear(Site("w4a4", fmt, group, 16), k, n, True, torch.bfloat16)
+    weight = QTensor.quantize(torch.randn(n, k) / k**0.5, module.site.weight_format)
+    for name, tensor in {**weight.tensors(), "smooth": torch.ones(k).bfloat16(),
+                         "down": torch.randn(16, k).bfloat16() / 30, "up": torch.randn(n, 16).bfloat16() / 30,
+                         "bias": torch.randn(n).bfloat16()}.items():
+        module.set_tensor(name, tensor)
+    return module
+
+
+@pytest.mark.usefixtures("as_gpu")
+@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
+def test_a8_holds_its_weights_as_asked_and_computes_the_same(fmt: str) -> None:
+    module, x = int8_linear(fmt, 64, 128), normal(70, 128, seed=3, size=1.0)
+    module.set_mode("a8")
+    module.set_weights("int8")
+    assert module.packed.residency == "folded"
+    folded = module(x)
+    module.set_weights("int4")
+    assert module.packed.residency == "scaled" and module.folded_codes is None
+    assert torch.equal(module(x), folded)
+    assert {one.backend for one in _explain_site(module, 1, 4)} == {"cuda"}
+    exact = x.float() @ module.effective_weight().T + module.bias.float()
+    assert (folded.float() - exact).norm() <= 0.02 * exact.norm()
+    assert (module(x.float()) - exact).norm() <= 0.02 * exact.norm()  # by other kernels
+    assert torch.equal(module(x), folded)
+
+
+@pytest.mark.usefixtures("as_gpu")
+def test_how_weights_are_held_is_checked() -> None:
+    model = torch.nn.Sequential(int8_linear("int4", 64, 128))
+    with pytest.raises(nq.NunchakuError, match="weights: expected 'auto', 'int8' or 'int4', got 'fp8'"):
+        nq.set_weights(model, "fp8")
+    nq.set_mode(model, "a8")
+    for weights, residency in (("int8", "folded"), ("int4", "scaled"), ("auto", "scaled")):
+        nq.set_weights(model, weights)
+        assert model[0].packed.residency == residency

@@ -5,6 +5,6 @@ read them: those of weights are put there by `packed_scales`, once; those of act
 """
 from . import linear_w4a16, linears, quantizing  # noqa: F401  (they register themselves with the ops)
 from .device import asked_for, runs_on
-from .numbers import packed_scales, why_not_packed
+from .numbers import expands, packed_scales, why_not_packed
 
-__all__ = ["asked_for", "packed_scales", "runs_on", "why_not_packed"]
+__all__ = ["asked_for", "expands", "packed_scales", "runs_on", "why_not_packed"]

@@ -36,6 +36,14 @@ def why_not_packed(spec: LinearSpec, n: int, scales: Tensor, dtype: torch.dtype)
     return refused
 
 
+def expands(spec: LinearSpec, n: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether linear_w4a8 runs here on a 4-bit weight, which it expands in every call, and rows of this dtype."""
+    if not gpu.asked_for(device):
+        return False
+    refused = gpu.refuses_device(torch.empty(0, device=device)) or gpu.refuses_dtype(dtype, device)
+    return (refused or refuses_weight(spec, n, device)) is None
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 def refuses_act(spec: ActSpec, k: int, device: torch.device) -> str | None:
     if spec.format not in CODES or spec.group != GROUPS[spec.format]:
