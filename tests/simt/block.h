@@ -1,102 +1,91 @@
-// A block of threads, run by one host thread: a fiber runs until it has to wait, then the next that can. A grid is its
-// blocks, one after the other on each worker: a block that waits for another one waits for ever.
+// A block of threads, run by one host thread: a fiber runs until it has to wait, then the next that can.
 #pragma once
-#include <atomic>
+#include <algorithm>
 #include <cstring>
-#include <exception>
-#include <functional>
-#include <mutex>
-#include <thread>
-#include <utility>
 #include <vector>
 
+#include "async.h"
 #include "buffer.h"
 #include "shadow.h"
 #include "thread.h"
 
 namespace simt {
 
-inline std::atomic<std::uint64_t> switches;  // from fiber to fiber, since it was set to zero
+class Cluster;
 
 struct Warp {
   std::uint32_t lanes = 0, ready = 0, waiting = 0;  // lanes that there are, that can run, that wait at an instruction
-  unsigned epoch = 1;                               // counts __syncwarp
+  unsigned tick = 1;                                // counts what may order its lanes' accesses: __syncwarp and more
+  unsigned synced = 1;                              // its tick at the last __syncthreads
+  unsigned registers = 0;                           // of a thread
 };
 
 class Block {
  public:
-  Block(const std::function<void()>& kernel, dim3 grid_size, dim3 size, std::size_t shared_bytes)
-      : grid(grid_size),
+  Block(Cluster& cluster_, unsigned rank_, dim3 grid_size, dim3 size, std::size_t shared_bytes)
+      : cluster(cluster_),
+        rank(rank_),
+        grid(grid_size),
         dim(size),
         threads(size.x * size.y * size.z),
-        kernel_(kernel),
         warps_((threads.size() + 31) / 32),
         stacks_(threads.size()),
         memory_(shared_bytes) {}
-  ~Block() { switches += switches_; }
 
-  void run(uint3 index) {
-    reset(index);
-    self = pick();
-    swap(main_, self->context);  // comes back when no thread can run
-    self = nullptr;
-    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-    if (alive_) stuck();
-  }
-
-  unsigned char* shared() const { return memory_.data(); }
-  Warp& warp(const Thread& thread) { return warps_[thread.id / 32]; }
-
-  // `whole_warp`: what one lane reads goes to all of them.
-  void touch(const Thread& thread, const void* p, std::size_t bytes, Access access, bool whole_warp = false) {
-    Stamp now;
-    now.epoch = epoch_, now.warp_epoch = warp(thread).epoch;
-    now.who = whole_warp ? Stamp::kWarp | (thread.id & ~31u) : thread.id;
-    memory_.touch(thread, now, p, bytes, access);
-  }
-
-  void wait(Thread& thread) {  // until somebody makes it ready
-    warp(thread).ready &= ~thread.bit();
-    self = error_ ? nullptr : pick();
-    ++switches_;
-    swap(thread.context, self ? self->context : main_);
-  }
-  void barrier(Thread& thread) {
-    thread.at = "__syncthreads";
-    if (++arrived_ < threads.size()) return wait(thread);
-    arrived_ = 0, ++epoch_;
-    for (Warp& warp : warps_) warp.ready = warp.lanes;
-  }
-
-  const dim3 grid, dim;
-  std::vector<Thread> threads;
-
- private:
-  void reset(uint3 index) {
-    epoch_ = 1, arrived_ = 0, alive_ = threads.size();
+  void reset(uint3 block_index, void (*entry)()) {
+    index = block_index, alive = threads.size(), clocks = nullptr;
+    epoch_ = 1, arrived_ = 0;
     cursor_ = options.reverse ? warps_.size() - 1 : 0;
     memory_.forget();
+    async = Async(threads.size());
     warps_.assign(warps_.size(), {});
     for (unsigned i = 0; i < threads.size(); ++i) {
       Thread& thread = threads[i];
-      thread.block = this, thread.id = i, thread.block_index = index;
+      thread.block = this, thread.id = i, thread.rank = rank, thread.block_index = index;
       thread.index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
       thread.groups = 0, thread.copies.clear();
       warp(thread).ready = warp(thread).lanes |= thread.bit();
+      warp(thread).registers = async.pool.at_launch;
       stacks_.start(thread.context, i, entry);
     }
   }
-  // An error leaves the other fibers where they are: destructors of what lives in a kernel do not run then.
-  static void entry() {
-    Thread& thread = *self;
-    Block& block = *thread.block;
-    try {
-      block.kernel_();
-    } catch (...) {
-      block.error_ = std::current_exception();
-    }
-    thread.at = "its end", --block.alive_;
-    block.wait(thread);
+
+  unsigned char* shared() const { return memory_.data(); }
+  SharedMemory& memory() { return memory_; }
+  Warp& warp(const Thread& thread) { return warps_[thread.id / 32]; }
+  void resume(const Thread& thread) { warp(thread).ready |= thread.bit(); }
+
+  Stamp now(const Thread& thread) {
+    Stamp stamp;
+    stamp.epoch = epoch_, stamp.tick = warp(thread).tick, stamp.who = thread.id;
+    return stamp;
+  }
+  // `whole_warp`: what one lane reads goes to all of them.
+  void touch(const Thread& thread, const void* p, std::size_t bytes, Access access, bool whole_warp = false) {
+    Stamp stamp = now(thread);
+    if (whole_warp) stamp.who = Stamp::kWarp | (thread.id & ~31u);
+    memory_.touch(thread, stamp, p, bytes, access);
+  }
+
+  // ---- waiting
+  void wait(Thread& thread) {  // until somebody makes it ready
+    warp(thread).ready &= ~thread.bit();
+    Thread* next = pick();
+    if (!next) [[unlikely]] next = elsewhere();
+    self = next;
+    ++switches;
+    swap(thread.context, self ? self->context : *main);
+  }
+  void barrier(Thread& thread) {
+    thread.at = "__syncthreads", thread.place = 0;
+    if (++arrived_ < threads.size()) return wait(thread);
+    arrived_ = 0, ++epoch_;
+    if (clocks) [[unlikely]] meet(0, threads.size());
+    for (Warp& warp : warps_) warp.ready = warp.lanes, warp.synced = ++warp.tick;
+  }
+  void warp_barrier(const Thread& thread) {
+    if (clocks) [[unlikely]] meet(thread.id & ~31u, std::min<std::size_t>((thread.id | 31u) + 1, threads.size()));
+    ++warp(thread).tick;
   }
   // Stays in a warp as long as a lane of it can run, so that warps run apart as far as they may.
   Thread* pick() {
@@ -107,58 +96,65 @@ class Block {
     }
     return nullptr;
   }
-  [[noreturn]] void stuck() const {
-    std::ostringstream where;
-    for (std::size_t i = 0, next; i < threads.size(); i = next) {
-      for (next = i; next < threads.size() && !std::strcmp(threads[next].at, threads[i].at);) ++next;
-      where << (i ? ", " : "") << i << " to " << next - 1 << " are at " << threads[i].at;
+
+  // ---- what threads know of each other, once there are clocks
+  void start_clocks(Clocks& all) {
+    clocks = &all;
+    memory_.order_by(all, rank);
+    for (Thread& thread : threads)  // __syncthreads and __syncwarp so far
+      for (Thread& other : threads)
+        row(thread)[all.member(rank, other.id)] =
+            (thread.id / 32 == other.id / 32 ? warp(other).tick : warp(other).synced) - 1;
+  }
+  Clocks::Time* row(const Thread& thread) { return clocks->row(rank, thread.id); }
+  // What the thread did so far, others may come to know of.
+  const Clocks::Time* release(const Thread& thread) {
+    row(thread)[clocks->member(rank, thread.id)] = warp(thread).tick++;
+    return row(thread);
+  }
+  // All of them come to know what each of them did.
+  void meet(const std::vector<Thread*>& all) {
+    Clocks::Row sum = clocks->empty();
+    for (const Thread* const one : all) {
+      row(*one)[clocks->member(rank, one->id)] = warp(*one).tick;
+      clocks->join(sum.data(), row(*one));
     }
-    fail(Fault::divergence, threads[0], "and others wait for ever: ", where.str());
+    for (const Thread* const one : all) std::copy(sum.begin(), sum.end(), row(*one));
+  }
+  [[gnu::noinline, gnu::cold]] void meet(std::size_t begin, std::size_t end) {
+    std::vector<Thread*> all;
+    for (std::size_t i = begin; i < end; ++i) all.push_back(&threads[i]);
+    meet(all);
   }
 
-  const std::function<void()>& kernel_;
+  void tell(std::ostream& where) const {  // what every thread waits at
+    for (std::size_t i = 0, next; i < threads.size(); i = next) {
+      const Thread& one = threads[i];
+      for (next = i; next < threads.size() && threads[next].waits_like(one);) ++next;
+      where << (i ? ", " : "") << i << " to " << next - 1 << " are at " << one.at;
+      if (one.place) async.mbarriers[one.place - 1].tell(where, shared());
+    }
+  }
+
+  Cluster& cluster;
+  const unsigned rank;
+  const dim3 grid, dim;
+  std::vector<Thread> threads;
+  uint3 index;
+  std::size_t alive = 0;
+  Async async;                // mbarriers, named barriers, wgmma
+  Clocks* clocks = nullptr;   // of the cluster, once they are needed
+  Context* main = nullptr;    // where to go when no thread can run
+  std::uint64_t switches = 0;
+
+ private:
+  Thread* elsewhere();  // in another block, or when what goes on by itself has gone on
+
   std::vector<Warp> warps_;
   const Stacks stacks_;
   SharedMemory memory_;
-  Context main_;
-  std::exception_ptr error_;
-  std::size_t alive_ = 0, arrived_ = 0, cursor_ = 0;
+  std::size_t arrived_ = 0, cursor_ = 0;
   unsigned epoch_ = 1;  // counts __syncthreads
-  std::uint64_t switches_ = 0;
 };
-
-inline void check_launch(dim3 block, std::size_t shared_bytes) {
-  constexpr std::size_t kMostThreads = 1024, kMostShared = 227 << 10;  // the largest of all GPUs: sm_90, sm_100
-  const std::size_t threads = std::size_t(block.x) * block.y * block.z;
-  if (threads == 0 || threads > kMostThreads) throw Error("launch: a block of " + std::to_string(threads) + " threads");
-  if (shared_bytes > kMostShared)
-    throw Error("launch: " + std::to_string(shared_bytes) + " bytes of shared memory in a block");
-}
-
-inline void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-                     int cluster = 1) {
-  check_launch(block, shared_bytes);
-  if (cluster != 1) throw Error("launch: clusters have no model yet");
-  const unsigned blocks = grid.x * grid.y * grid.z;
-  if (blocks == 0) throw Error("launch: a grid without blocks");
-  std::atomic<unsigned> next = 0;
-  std::exception_ptr error;
-  std::mutex guard;
-  const auto work = [&] {
-    try {
-      Block own(kernel, grid, block, shared_bytes);
-      for (unsigned i; (i = next++) < blocks;) own.run({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y});
-    } catch (...) {
-      const std::lock_guard lock(guard);
-      error = std::current_exception();
-      next = blocks;
-    }
-  };
-  std::vector<std::thread> helpers;
-  for (int i = 1; i < options.workers; ++i) helpers.emplace_back(work);
-  work();
-  for (std::thread& helper : helpers) helper.join();
-  if (error) std::rethrow_exception(error);
-}
 
 }  // namespace simt

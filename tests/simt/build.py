@@ -74,7 +74,8 @@ def sources(command: Sequence[str]) -> list[Path]:
 class Call(ctypes.Structure):
     """How to run, and what was counted: simt::Call, where the options are explained."""
 
-    _fields_ = [*((name, ctypes.c_int32) for name in ("race", "trap", "reverse", "truncate", "workers")),
+    _fields_ = [*((name, ctypes.c_int32) for name in ("race", "trap", "reverse", "truncate", "workers",
+                                                         "eager")),
                 *((name, ctypes.c_int64) for name in ("ldmatrix_phases", "ldmatrix_matrices", "switches"))]
 
 
@@ -97,11 +98,11 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
 
     def run(self, name: str, *arguments: Tensor | float | int | str, race: bool = True, trap: bool = True,
-            reverse: bool = False, truncate: bool = False, workers: int = 1) -> Call:
+            reverse: bool = False, truncate: bool = False, workers: int = 1, eager: bool = False) -> Call:
         """Calls an exported function. Tensors that it takes as outputs are written in place."""
         function = getattr(self._functions, name)
         function.restype = ctypes.c_char_p
-        call = Call(race, trap, reverse, truncate, workers)
+        call = Call(race, trap, reverse, truncate, workers, eager)
         sentence = function(ctypes.byref(call), *map(as_argument, arguments))
         if sentence:
             raise Fault(sentence.decode())

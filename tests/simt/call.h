@@ -12,7 +12,7 @@
 namespace simt {
 
 struct Call {
-  std::int32_t race, trap, reverse, truncate, workers;                    // Options
+  std::int32_t race, trap, reverse, truncate, workers, eager;             // Options
   std::int64_t ldmatrix_phases = 0, ldmatrix_matrices = 0, switches = 0;  // what was counted
 };
 
@@ -48,7 +48,8 @@ class Output : public Buffer<T> {
 template <class Body>
 const char* run(Call& call, Body body) {
   static thread_local std::string sentence;
-  options = {call.race != 0, call.trap != 0, call.reverse != 0, call.truncate != 0, call.workers};
+  options = {call.race != 0, call.trap != 0, call.reverse != 0, call.truncate != 0, call.workers,
+             call.eager != 0};
   ldmatrix_phases = ldmatrix_matrices = switches = 0;
   const char* result = nullptr;
   try {

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "block.h"
+#include "cluster.h"
 
 namespace simt {
 
@@ -15,7 +15,7 @@ void collective(const char* name, std::uint32_t mask, Operands mine, Execute exe
   Warp& warp = me.block->warp(me);
   static constexpr char instruction = 0;  // its address tells one instruction from another
   mask &= warp.lanes;
-  me.at = name, me.instruction = &instruction, me.operands = &mine, me.mask = mask;
+  me.at = name, me.place = 0, me.instruction = &instruction, me.operands = &mine, me.mask = mask;
   if (!(mask & me.bit())) fail(Fault::divergence, me, "is at ", name, ", outside its mask");
   warp.waiting |= me.bit();
   if ((warp.waiting & mask) != mask) return me.block->wait(me);
@@ -41,7 +41,7 @@ void collective_of_all(const char* name, Operands mine, Execute execute) {
 
 // A partial mask orders the whole warp all the same: at worst a race goes unseen.
 inline void sync_warp(std::uint32_t mask) {
-  collective("__syncwarp", mask, 0, [](auto) { ++self->block->warp(*self).epoch; });
+  collective("__syncwarp", mask, 0, [](auto) { self->block->warp_barrier(*self); });
 }
 
 // Every lane takes the value of lane `from` of its own choice.

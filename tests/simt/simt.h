@@ -7,14 +7,18 @@
 // tested both ways (Options::truncate): sums of float mma, approximate functions. Tests run in both thread orders, too.
 // Not seen: the text of the asm; races on global memory; registers used before they are set; speed.
 #pragma once
+#include "barriers.h"
 #include "collective.h"
 #include "models.h"
 #include "numbers.h"
+#include "tma.h"
+#include "wgmma.h"
 
 // CUDA's own names, after every standard header, as these use some of them for themselves.
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (simt::self->index)
 #define blockIdx (simt::self->block_index)
 #define blockDim (simt::self->block->dim)

@@ -1,6 +1,7 @@
 // A CUDA thread as a fiber, the options it runs under, and how its mistakes are reported.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -16,12 +17,13 @@ struct Options {
   bool reverse = false;   // run lanes and warps in the opposite order
   bool truncate = false;  // float mma rounds toward zero, not to nearest; approximate functions err as far as they may
   int workers = 1;        // host threads that share the blocks of a grid
+  bool eager = false;     // TMA and wgmma do their work when they are asked to, not when somebody has to wait for it
 };
 inline Options options;
 
-enum class Fault { bounds, alignment, read_only, poison, race, divergence, launch };
-constexpr const char* kFaultNames[] = {"out of bounds", "misaligned", "read-only", "poison",
-                                       "race",          "divergence", "launch"};
+enum class Fault { bounds, alignment, read_only, poison, race, divergence, launch, misuse, lifetime };
+constexpr const char* kFaultNames[] = {"out of bounds", "misaligned", "read-only", "poison",  "race",
+                                       "divergence",    "launch",     "misuse",    "lifetime"};
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -39,6 +41,7 @@ struct Thread {
   Block* block = nullptr;
   uint3 index, block_index;  // threadIdx, blockIdx
   unsigned id = 0;           // its place in the block, x fastest; id % 32 is its lane
+  unsigned rank = 0;         // of its block in the cluster
 
   std::vector<Copy> copies;
   unsigned groups = 0;  // of copies, committed so far
@@ -48,8 +51,10 @@ struct Thread {
   const void* instruction = nullptr;
   void* operands = nullptr;
   std::uint32_t mask = 0;  // lanes that take part
+  unsigned place = 0;      // the mbarrier, plus one
 
   std::uint32_t bit() const { return 1u << id % 32; }
+  bool waits_like(const Thread& other) const { return !std::strcmp(at, other.at) && place == other.place; }
 };
 
 // The thread that runs. constinit: no check on every use whether it has been initialised.
