@@ -212,32 +212,38 @@ def quantize_rows(x: Tensor, fmt: Format, scale_dtype: torch.dtype) -> tuple[Ten
 
 
 def fold_int8(
-    codes: Tensor, scales: Tensor, fmt: Format, zeros: Tensor | None = None, channel_scale: Tensor | None = None
+    codes: Tensor, scales: Tensor, fmt: Format, zeros: Tensor | None = None, channel_scale: Tensor | None = None,
+    s_ch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same weights as w8 (N,K) int8 and one scale per row s_ch (N) fp32: w8 = round(w/s_ch), saturated.
 
     s_ch = max|w|/127; of an nvfp4 row the one with the least squared error Σ(w − w8·s_ch)², of that and two that its
-    own grid gives (fold_scales)."""
+    own grid gives (_best_steps). Whoever knows it already gives it."""
     w8 = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
-    s_ch = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device)
+    found = torch.empty(codes.shape[0], dtype=torch.float32, device=codes.device) if s_ch is None else s_ch
     _check_scales(codes, scales, fmt)
-    for rows in row_chunks(*codes.shape):
-        taken = (None if t is None else t[rows] for t in (zeros, channel_scale))
+    for rows in row_chunks(*codes.shape, CHUNK if codes.device.type == "cpu" else 16 * CHUNK):
+        taken = [None if t is None else t[rows] for t in (zeros, channel_scale)]
         w = decode(codes[rows], scales[rows], fmt, *taken)
-        top = group_top(w, INT8)[:, 0]
-        s_ch[rows] = round_scale(top / INT8.top, torch.float32)
-        if fmt.name == "nvfp4":
-            channel = torch.ones_like(top) if channel_scale is None else channel_scale[rows].float()
-            s_ch[rows] = fold_scales(codes[rows], scales[rows], fmt, channel, top)
-        w8[rows] = encode(w, s_ch[rows].unsqueeze(1), INT8)
-    return w8, s_ch
+        if s_ch is None:
+            found[rows] = _fold_steps(w, codes[rows], scales[rows], fmt, taken[1])
+        w8[rows] = encode(w, found[rows].unsqueeze(1), INT8)
+    return w8, found
 
 
-def fold_scales(codes: Tensor, scales: Tensor, fmt: Format, channel: Tensor, top: Tensor) -> Tensor:
+def _fold_steps(w: Tensor, codes: Tensor, scales: Tensor, fmt: Format, channel: Tensor | None) -> Tensor:
+    """s_ch of some rows w."""
+    top = group_top(w, INT8)[:, 0]
+    if fmt.name != "nvfp4":
+        return top / INT8.top
+    return _best_steps(codes, scales, fmt, torch.ones_like(top) if channel is None else channel.float(), top)
+
+
+def _best_steps(codes: Tensor, scales: Tensor, fmt: Format, channel: Tensor, top: Tensor) -> Tensor:
     """s_ch (N) of nvfp4 rows whose largest weight is `top` (N) and whose channel_scale is `channel` (N).
 
-    A scale is m·2^e with m = 8 … 15 and a code counts halves, so a row's weights are whole multiples of channel·2^j, and
-    many of them of three halves of it. With such a step many groups fold without error, which is worth a step a little
+    A scale is m·2^e with m = 8 … 15 and a code counts halves: a row's weights are whole multiples of channel·2^j, many
+    of them of three halves of it. With such a step many groups fold without error, which is worth a step a little
     larger than max/127, or a largest weight that is cut off a little: from 144 = 12·12 steps to 127. The next larger
     of both kinds competes with max/127."""
     sizes, plain = _from_codes(codes & 7, fmt), top / INT8.top

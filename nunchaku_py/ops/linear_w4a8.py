@@ -17,15 +17,15 @@ EXACT = 1024  # the longest sum of int8 products that fp32 holds exactly: 127·1
 def _accumulate(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, aux: Tensor, spec: LinearSpec) -> Tensor:
     """acc[m,n] = (Σ_k qx[m,k]·w8[n,k])·sx[m]·s_ch[n], the sum exact in s32; y as in linear.py.
 
-    w8, s_ch = fold_int8(qw, sw), or qw, sw themselves when spec.weight is "int8".
+    w8, s_ch = fold_int8(qw, sw), s_ch from aux if it is there; or qw, sw themselves when spec.weight is "int8".
     """
-    aux = aux[qw.shape[0]:] if spec.row_scales else aux
     w8, s_ch = (qw, sw) if spec.weight == "int8" else _fold(qw, sw, aux, spec)
     return int8_matmul(qx, w8).float().mul_(sx.unsqueeze(1)).mul_(s_ch)
 
 
 def _fold(qw: Tensor, sw: Tensor, aux: Tensor, spec: LinearSpec) -> tuple[Tensor, Tensor]:
-    return fold_int8(*unpack(qw, sw, spec.k, spec.fmt), spec.fmt, *zeros_and_channel_scale(aux, spec))
+    s_ch, aux = (aux[:qw.shape[0]], aux[qw.shape[0]:]) if spec.row_scales else (None, aux)
+    return fold_int8(*unpack(qw, sw, spec.k, spec.fmt), spec.fmt, *zeros_and_channel_scale(aux, spec), s_ch)
 
 
 @cache

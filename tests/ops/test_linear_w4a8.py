@@ -49,6 +49,17 @@ def test_folding_before_or_in_the_op_gives_the_same_bits(weight_format):
     assert torch.equal(before, linear_w4a8(qx, sx, qw, sw, aux, h, up, bias, spec))
 
 
+@pytest.mark.parametrize("weight_format", ["int4", "nvfp4"])
+def test_scales_of_rows_that_are_given_are_not_looked_for(weight_format):
+    qx, sx, qw, sw, aux, h, up, bias, spec = linear_args("linear_w4a8", SHAPES[0], "int8", weight_format)
+    weight = (*unpack(qw, sw, spec.k, spec.fmt), spec.fmt, None, aux if weight_format == "nvfp4" else None)
+    s_ch = fold_int8(*weight)[1] * 1.25
+    w8, _ = fold_int8(*weight, s_ch)
+    before = linear_w4a8(qx, sx, w8, s_ch, torch.empty(0), h, up, bias, replace(spec, weight="int8", group=0))
+    given = linear_w4a8(qx, sx, qw, sw, torch.cat((s_ch, aux)), h, up, bias, replace(spec, row_scales=True))
+    assert torch.equal(before, given)
+
+
 def test_order_of_the_scales():
     """(sum·sx)·s_ch, each product rounded to fp32: what every backend does."""
     qx, sx, w8, s_ch, aux, h, up, bias, spec = linear_args(

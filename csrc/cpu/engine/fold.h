@@ -15,7 +15,7 @@ inline F rounded_by_adding(F x) {
   return Simd::sub(Simd::add(x, magic), magic);
 }
 
-// Σ(32·e)² of a row for each step, e what a weight is off in steps: see formats.fold_scales. factors: channel/step.
+// Σ(32·e)² of a row for each step, e what a weight is off in steps: see _best_steps of formats.py. factors: channel/step.
 struct FoldErrors {
   const Codes& w;
   float factors[fold_steps];
