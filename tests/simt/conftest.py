@@ -46,6 +46,11 @@ def on_turing() -> ModuleType:
     return native_on_host("-DSIMT_TARGET=75")
 
 
+@pytest.fixture(scope="session")
+def on_hopper() -> ModuleType:
+    return native_on_host("-DSIMT_TARGET=90")
+
+
 def native_on_host(*options: str) -> ModuleType:
     """The kernels as of the newest GPU, or of another."""
     if reason := build.refuses():
@@ -84,6 +89,12 @@ def as_gpu(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def as_turing(on_turing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """… of an RTX 20."""
     yield from taken_for_gpu(monkeypatch, on_turing, (7, 5))
+
+
+@pytest.fixture
+def as_hopper(on_hopper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """… of an H100."""
+    yield from taken_for_gpu(monkeypatch, on_hopper, (9, 0))
 
 
 def taken_for_gpu(monkeypatch: pytest.MonkeyPatch, on_host: ModuleType, capability: tuple[int, int]) -> Iterator[None]:

@@ -20,6 +20,15 @@ ENDINGS = ("", "_gate_residual", "_qkv_rope", "_gelu_quantize", "_glu_quantize")
 SIZES = [(1, 128, 64, 16), (130, 144, 192, 48), (63, 256, 320, 0), (40, 16, 128, 160)]
 
 
+@pytest.fixture(params=["host", "hopper", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run: as on most GPUs, as on Hopper, or on the GPU there is."""
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("as_hopper" if request.param == "hopper" else "as_gpu")
+    return "cpu"
+
+
 def operands(m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     """qx, sx, w8, s_ch, aux, h, up, bias for y of about 1; codes of all magnitudes."""
     torch.manual_seed(m + n + k + r)

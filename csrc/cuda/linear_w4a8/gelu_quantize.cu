@@ -4,7 +4,7 @@
 namespace nunchaku_py::cuda {
 
 void linear_w4a8_gelu_quantize(const Calls<NextArguments>& calls) {
-  launch_activated<Plain>(calls);
+  launch_next_int8<Plain, PlainSm90>(calls);
 }
 
 }  // namespace nunchaku_py::cuda

@@ -4,7 +4,7 @@
 namespace nunchaku_py::cuda {
 
 void linear_w4a8_glu_quantize(const Calls<NextArguments>& calls) {
-  launch_activated<Gated>(calls);
+  launch_next_int8<Gated, GatedSm90>(calls);
 }
 
 }  // namespace nunchaku_py::cuda

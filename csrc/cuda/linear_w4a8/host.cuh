@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/linear/host.cuh"
 #include "cuda/linear_w4a8/activated.cuh"
+#include "cuda/linear_w4a8/host_sm90.cuh"
 #include "cuda/linear_w4a8/int8.cuh"
 #include "cuda/quantize_act/host.cuh"
 
@@ -11,7 +12,10 @@ namespace nunchaku_py::cuda {
 template <class To>
 void launch_w4a8(const Calls<To>& calls) {
   const OnDevice here(common(calls).where.device);
-  with_type(common(calls).type, [&]<class T>(T) { launch_linear<T, Int8>(calls); });
+  with_type(common(calls).type, [&]<class T>(T) {
+    if (gpu(common(calls).where.device).capability != SM90) return launch_linear<T, Int8>(calls);
+    launch_sm90<T>(calls, [](const LinearArguments& a, const To& to) { return ending_of<T>(a, to); });
+  });
 }
 
 // z, whose rows are complete, to INT8.
@@ -24,23 +28,40 @@ void quantize_activated(const LinearArguments& a, const NextArguments& to, int w
   launch_codes<T, InRows<true>>(next, AsItIs<T>{});
 }
 
+// Made: how z is made of y.
+template <class T, class Made>
+Activated<T, Made> activated_of(const LinearArguments& a, const NextArguments& to, int width) {
+  return {static_cast<T*>(to.z), to.tops, to.inv_smooth, a.m, width, {to.activation, to.gate_first}};
+}
+
 // Z: Plain<Tile> or Gated<Tile>
-template <template <class> class Z>
+template <template <class> class Z, class T>
 void launch_activated(const Calls<NextArguments>& calls) {
+  with_tile(choose(problems_of(calls), gpu(common(calls).where.device)), [&]<class Tile>(Tile) {
+    using Made = Z<Tile>;
+    launch_group<Tile, Int8>(
+        linear_activated_kernel<Tile, Int8, T, Made>, calls, 0,
+        [](const LinearArguments& a, const NextArguments& to) {
+          return activated_of<T, Made>(a, to, Made::width_of(a.n));
+        },
+        [](const LinearArguments& a) { return pieces(Made::width_of(a.n), Made::WIDTH); },
+        [](const LinearArguments& a) { return Made::jump_of(a.n); });
+  });
+}
+
+// … MadeSm90: PlainSm90 or GatedSm90.
+template <template <class> class Z, class MadeSm90>
+void launch_next_int8(const Calls<NextArguments>& calls) {
   const OnDevice here(common(calls).where.device);
   with_type(common(calls).type, [&]<class T>(T) {
-    with_tile(choose(problems_of(calls), gpu(common(calls).where.device)), [&]<class Tile>(Tile) {
-      using Made = Z<Tile>;
-      launch_group<Tile, Int8>(
-          linear_activated_kernel<Tile, Int8, T, Made>, calls, 0,
-          [](const LinearArguments& a, const NextArguments& to) {
-            return Activated<T, Made>{static_cast<T*>(to.z),         to.tops, to.inv_smooth, a.m, Made::width_of(a.n),
-                                      {to.activation, to.gate_first}};
-          },
-          [](const LinearArguments& a) { return pieces(Made::width_of(a.n), Made::WIDTH); },
-          [](const LinearArguments& a) { return Made::jump_of(a.n); });
-      for (const auto& [a, to] : calls) quantize_activated<T>(a, to, Made::width_of(a.n));
-    });
+    if (gpu(common(calls).where.device).capability == SM90)
+      launch_sm90<T>(calls, [](const LinearArguments& a, const NextArguments& to) {
+        return activated_of<T, MadeSm90>(a, to, a.n / MadeSm90::PARTS);
+      });
+    else
+      launch_activated<Z, T>(calls);
+    for (const auto& [a, to] : calls)
+      if (a.m > 0) quantize_activated<T>(a, to, a.n / MadeSm90::PARTS);
   });
 }
 

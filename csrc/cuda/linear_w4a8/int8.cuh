@@ -9,7 +9,7 @@ namespace nunchaku_py::cuda {
 struct Int8 {
   using Sum = int;
   static constexpr int SCALE_BYTES = 0;
-  static constexpr bool MULTIPLIED = true;  // by every target
+  static constexpr bool MULTIPLIED = TARGET != 90;  // Hopper has a kernel of its own
 
   template <class Tile>
   DEVICE static void multiply_step(Sums<Tile, int>& acc, const Stage<Tile, Int8>& stage, int step,

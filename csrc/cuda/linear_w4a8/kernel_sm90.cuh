@@ -143,8 +143,8 @@ DEVICE void multiply_item(SharedSm90<Tile>& shared, Turning<Tile>& turn, const P
   add_low_rank<Tile>(y, shared.ring, turn, part.linear.branch, row, in.M);
   add_bias<Tile>(y, slab);
   make(y, part.ending);
-  constexpr int PARTS = PARTS_OF<Ending>;
-  visit_tile<Tile::BN / PARTS>(y, slab, row0, in.M, item.n0, in.N / PARTS, part.ending);
+  constexpr int COLUMNS = PARTS_OF<Ending>;
+  visit_tile<Tile::BN / COLUMNS>(y, slab, row0, in.M, item.n0, in.N / COLUMNS, part.ending);
 }
 
 template <class Tile, class T, class Ending>
