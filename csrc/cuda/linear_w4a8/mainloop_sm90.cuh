@@ -131,6 +131,7 @@ DEVICE void add_low_rank(float (&y)[Tile::SUMS], RingSm90<Tile>& ring, Turning<T
         mma_m16n8k16<T>(fragment(y, n + 1), h, {w[2], w[3]});
       }
     }
+    __syncwarp();  // all lanes have read what two of them release
     release(ring, turn.stage);
   }
 }
