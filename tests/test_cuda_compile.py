@@ -90,37 +90,72 @@ def objects(nvcc: str) -> list[Path]:
     return builder.compile_cuda(nvcc, builder.cuda_targets(nvcc), ROOT / "build/cuda")
 
 
-# A warp's tile; unsigned codes.
-LINEAR = re.compile(r"linear_w4a4_\w*kernel.*TileILi\d+ELi\d+ELi(\d+)ELi(\d+)ELi\d+EEE(Lb1E)?")
+# Any linear kernel of mma.sync; its warp's tile, its numbers, unsigned codes.
+LINEAR = re.compile(r"linear_\w*kernelINS0_4TileILi\d+ELi\d+ELi(\d+)ELi(\d+)ELi\d+EEENS0_4(Int4|Int8)(?:INS\w+?Lb([01])E)?")
+HOPPERS = re.compile(r"linear_w4a8_sm90_kernelINS0_8TileSm90ILi(\d+)E")
+ENDINGS = 5
 
 
-def products(target: str, rows: int, columns: int, is_unsigned: bool) -> Counter[str]:
-    """One for each pair of a warp's fragments and each of a stage's two groups; on sm_75 four smaller ones."""
+def has_code(kernel: Kernel) -> bool:
+    return len(kernel.code) >= 100  # less is no code
+
+
+def products(target: str, rows: int, columns: int, numbers: str, is_unsigned: bool) -> Counter[str]:
+    """One for each pair of a warp's fragments and each of a stage's two steps; on sm_75 four smaller ones."""
     shape, parts = ("8832", 4) if target == "75" else ("16864", 1)
-    return Counter({f"IMMA.{shape}.{'SU'[is_unsigned]}4.S4": parts * 2 * (rows // 16) * (columns // 8)})
+    kind = f"{'SU'[is_unsigned]}4.S4"
+    if numbers == "Int8":
+        shape, kind = ("8816" if target == "75" else "16832"), "S8.S8"
+    return Counter({f"IMMA.{shape}.{kind}": parts * 2 * (rows // 16) * (columns // 8)})
 
 
-def test_int4_kernels_multiply_natively_and_spill_nothing(nvcc: str, objects: list[Path]) -> None:
-    """The products that there should be, and no other way to multiply 4-bit integers; copies of 16 bytes; nothing in
-    local memory. On sm_75 there is code for float16 and the smaller tiles."""
-    linears = Counter()
-    for kernel in (kernel for binary in objects for kernel in kernels_in(nvcc, binary)):
-        if kernel.target not in ("75", *S4_TARGETS):
+@pytest.fixture(scope="module")
+def linears(nvcc: str, objects: list[Path]) -> list[Kernel]:
+    """All kernels with code that an installation has, for the targets that multiply natively what they are given."""
+    return [kernel for binary in objects for kernel in kernels_in(nvcc, binary) if has_code(kernel)]
+
+
+def test_nothing_is_spilled(linears: list[Kernel]) -> None:
+    """Emulated products apart: INT4 from Hopper on, which no mode chooses."""
+    for kernel in linears:
+        emulated = "4Int4" in kernel.name and kernel.target not in ("75", *S4_TARGETS)
+        spilled = [name for name in kernel.counts() if name.startswith(("LDL", "STL"))]
+        assert emulated or not spilled, (kernel.target, kernel.name)
+
+
+@pytest.mark.parametrize(("numbers", "targets"), [
+    ("Int4", ("75", *S4_TARGETS)), ("Int8", ("75", *S4_TARGETS, "100", "120a"))])
+def test_linears_multiply_natively(linears: list[Kernel], numbers: str, targets: tuple[str, ...]) -> None:
+    """The products that there should be, and no other way to multiply integers; copies of 16 bytes. On sm_75 there is
+    code for float16 and the smaller tiles."""
+    found = Counter()
+    for kernel in linears:
+        match = LINEAR.search(kernel.name)
+        if kernel.target not in targets or not match or match[3] != numbers:
             continue
         counts = kernel.counts()
-        assert not [name for name in counts if name.startswith(("LDL", "STL"))], (kernel.target, kernel.name)
-        found = LINEAR.search(kernel.name)
-        if found is None or len(kernel.code) < 100:  # less is no code
-            continue
-        rows, columns = map(int, found.groups()[:2])
         have = Counter({name: count for name, count in counts.items() if name.startswith("IMMA")})
-        assert have == products(kernel.target, rows, columns, bool(found[3])), (kernel.target, kernel.name)
+        rows, columns = map(int, match.groups()[:2])
+        assert have == products(kernel.target, rows, columns, numbers, match[4] == "1"), (kernel.target, kernel.name)
         copy = "LDG.E.128" if kernel.target == "75" else "LDGSTS.E.BYPASS.128"
         assert any(name.startswith(copy) for name in counts), (kernel.target, kernel.name)
-        linears[kernel.target] += 1
-    endings_and_signs = 2 + 2 + 1 + 1 + 1
-    tiles_and_types = {"75": 2 * 1} | dict.fromkeys(S4_TARGETS, 3 * 2)
-    assert linears == {target: count * endings_and_signs for target, count in tiles_and_types.items()}
+        found[kernel.target] += 1
+    signs = 2 if numbers == "Int4" else 0  # two endings take unsigned codes, too
+    assert found == {target: (2 * 1 if target == "75" else 3 * 2) * (ENDINGS + signs) for target in targets}
+
+
+def test_hopper_multiplies_by_wgmma_what_tma_brings(linears: list[Kernel]) -> None:
+    """A stage is four products of 64 rows; the branch's are mma."""
+    found = Counter()
+    for kernel in linears:
+        if match := HOPPERS.search(kernel.name):
+            counts = kernel.counts()
+            products = {name: count for name, count in counts.items() if name.startswith(("IGMMA", "IMMA"))}
+            assert kernel.target == "90a" and products == {f"IGMMA.64x{match[1]}x32.S8.S8": 4}, kernel.name
+            assert any(name.startswith("UTMALDG.2D.MULTICAST") for name in counts) and "USETMAXREG.DEALLOC.CTAPOOL" in counts
+            found[match[1]] += 1
+        assert not (kernel.target == "90a" and "4Int8" in kernel.name), "Hopper has a kernel of its own"
+    assert found == {"256": 2 * ENDINGS, "192": 2 * (ENDINGS - 1), "128": 2 * ENDINGS}  # heads lie in 128 columns
 
 
 def test_instructions_for_each_product(objects: list[Path]) -> None:

@@ -52,9 +52,11 @@ void launch_tile_sm90(const Calls<To>& calls, auto make_ending) {
 template <class T, class To>
 void launch_sm90(const Calls<To>& calls, auto make_ending) {
   using Ending = decltype(make_ending(LinearArguments{}, To{}));
+  constexpr bool WHOLE_HEADS = std::is_same_v<Ending, QkvRope<T>>;
   const Gpu here = gpu(common(calls).where.device);
-  with_tile_sm90(choose_sm90(problems_of(calls), here, std::is_same_v<Ending, QkvRope<T>>),
-                 [&]<class Tile>(Tile) { launch_tile_sm90<Tile, T, Ending>(calls, make_ending); });
+  with_tile_sm90(choose_sm90(problems_of(calls), here, WHOLE_HEADS), [&]<class Tile>(Tile) {
+    if constexpr (!WHOLE_HEADS || Tile::BN % SLAB_COLUMNS == 0) launch_tile_sm90<Tile, T, Ending>(calls, make_ending);
+  });
 }
 
 }  // namespace nunchaku_py::cuda

@@ -7,7 +7,7 @@
 
 namespace nunchaku_py::cuda {
 
-constexpr int QUANTIZE_WARPS = 4;
+constexpr int QUANTIZE_WARPS = 8;  // so many bytes are under way that memory is kept busy
 
 // RANKS: of h that a block makes from its one read of x.
 template <int RANKS, class T, class To, class Source>
