@@ -2,7 +2,6 @@
 #include "hopper.cuh"
 
 #include "call.h"
-#include "hopper_pipeline.cuh"
 
 using namespace nunchaku_py::cuda;
 using simt::Array, simt::Call, simt::Input, simt::Output;
@@ -56,11 +55,6 @@ SIMT_EXPORT const char* wgmma(Call& call, Array a, Array b, Array a_codes, Array
   });
 }
 
-SIMT_EXPORT const char* pipeline(Call& call, const char* bug, Array a, Array b, Array out, int m, int n, int k,
-                                 int cluster) {
-  return simt::run(call, [&] {
-    const Input<uint8_t> in_a("a", a), in_b("b", b);
-    const Output<int> y("out", out);
-    launch_pipeline({in_a.data(), in_b.data(), y.data(), m, n, k}, cluster, bug_called(bug), nullptr);
-  });
+SIMT_EXPORT const char* empty_clusters(Call& call, int blocks, int cluster) {
+  return simt::run(call, [&] { launch_cluster(cluster, +[] { cluster_sync(); }, blocks, 32, 0, nullptr); });
 }
