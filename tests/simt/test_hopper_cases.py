@@ -18,7 +18,7 @@ FAULTS = {  # case of hopper_cases.cpp → how the sentence begins, and what it 
     "mbarrier_arrivals_beyond_its_count": ("misuse", "where all 1 have arrived, in phase 0: 16 bytes are to come"),
     "mbarrier_waited_for_too_late": ("divergence", "for parity 0, .* phase 2, 1 of 1 arrivals"),
     "arrival_in_no_block_of_the_cluster": ("out of bounds", "turns to block 2 of a cluster of 2"),
-    "arrival_in_a_block_that_may_have_ended": ("lifetime", "which has ended|nothing made it wait for what thread 0 of "),
+    "arrival_in_a_block_that_may_have_ended": ("lifetime", "which has ended|nothing made it wait for what thread 0"),
     "arrival_without_init_done": ("misuse", "arrives at an mbarrier of block . without a mbarrier_init_done there"),
     "named_barrier_zero": ("misuse", "is at named barrier 0; there are 1 to 15"),
     "named_barrier_of_half_warps": ("divergence", "is at named barrier 1 with only some lanes of the warp of thread"),
