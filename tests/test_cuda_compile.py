@@ -84,6 +84,49 @@ def test_wrapper_becomes_its_instruction(instructions: dict, probe: str, targets
         assert counts == [Counter(NATIVE[probe, targets])], target
 
 
+HOPPER_TARGETS = ("75", "90", "90a", "120a")  # 90a is the one that has the instructions
+
+
+@pytest.fixture(scope="module")
+def hopper(nvcc: str) -> list[Kernel]:
+    """The kernels of tests/simt/hopper.cu, for each of these targets."""
+    return list(kernels_in(nvcc, compiled(nvcc, "hopper", HOPPER_TARGETS)))
+
+
+def hopper_kernel(hopper: list[Kernel], name: str) -> Counter[str]:
+    found, = (kernel for kernel in hopper if kernel.target == "90a" and name in kernel.name)
+    counts = found.counts()
+    assert not [name for name in counts if name.startswith(("LDL", "STL"))]
+    return counts
+
+
+@pytest.mark.parametrize("registers", (0, 1), ids=("shared", "registers"))
+@pytest.mark.parametrize("n", (64, 96, 128, 160, 192, 224, 256))
+def test_wgmma_becomes_its_instruction(hopper: list[Kernel], n: int, registers: int) -> None:
+    counts = hopper_kernel(hopper, f"wgmma_probeILi{n}ELb{registers}E")
+    assert {name: count for name, count in counts.items() if "MMA" in name} == {f"IGMMA.64x{n}x32.S8.S8": 4}
+    assert counts["WARPGROUP.ARRIVE"] == counts["WARPGROUP.DEPBAR.LE"] == 1
+
+
+def test_hopper_wrappers_become_their_instructions(hopper: list[Kernel]) -> None:
+    """No barrier of global memory nor emptied cache but for the two times that the cluster meets."""
+    counts = hopper_kernel(hopper, "pipeline_kernel")
+    once = ("UTMALDG.2D.MULTICAST", "USETMAXREG.TRY_ALLOC.CTAPOOL", "USETMAXREG.DEALLOC.CTAPOOL",
+            "SYNCS.ARRIVE.TRANS64", "SYNCS.ARRIVE.TRANS64.RED.A1T0")  # expect, arrive_at
+    assert {name: counts[name] for name in once} == dict.fromkeys(once, 1)
+    assert counts["IGMMA.64x64x32.S8.S8"] == 4 and counts["UTMALDG.2D"] == 2
+    assert counts["SYNCS.EXCH.64"] == 6 and counts["SYNCS.PHASECHK.TRANS64.TRYWAIT"] >= 2
+    assert counts["MEMBAR.ALL.GPU"] == counts["CCTL.IVALL"] == counts["UCGABAR_WAIT"] == 2
+    assert hopper_kernel(hopper, "box_probe")["UTMACCTL.PF"] == 1
+
+
+def test_other_targets_have_no_hopper_code(hopper: list[Kernel]) -> None:
+    assert {kernel.target for kernel in hopper} == set(HOPPER_TARGETS)
+    for kernel in hopper:
+        code = [instruction for instruction in kernel.code if instruction.name != "NOP"]
+        assert (len(code) < 8) == (kernel.target != "90a"), (kernel.target, kernel.name)
+
+
 @pytest.fixture(scope="module")
 def objects(nvcc: str) -> list[Path]:
     """What an installation builds, for all its targets."""
@@ -167,18 +210,26 @@ def test_instructions_for_each_product(objects: list[Path]) -> None:
     assert {target for target, loop in large.items() if loop.narrowest == "tensor cores"} == {"86", "89"}
 
 
-def test_a_target_without_the_instruction_is_refused_in_a_sentence(nvcc: str, tmp_path: Path) -> None:
-    source = tmp_path / "turing.cu"
-    source.write_text("""#include "cuda/common/mma.cuh"
+@pytest.mark.parametrize(("target", "header", "call", "words"), (
+    ("75", "mma", "float c[4] = {}; mma_m16n8k16<bf16>(c, {1, 2, 3, 4}, {5, 6}); *y = c[0];",
+     "mma_m16n8k16_bf16 needs sm_80"),
+    ("90", "wgmma", "int d[32] = {}; wgmma_m64k32_s8<64>(d, 1, 2, true); *y = d[0];",
+     "wgmma_m64k32_s8 needs sm_90a"),
+    ("90a", "wgmma", "int d[36] = {}; wgmma_m64k32_s8<72>(d, 1, 2, true); *y = d[0];",
+     "wgmma_m64k32_s8 has 64 to 256 columns, in steps of 32"),
+    ("100", "cluster", "more_registers<240>();", "more_registers needs sm_90a"),
+    ("90a", "cluster", "more_registers<100>();", "a thread has 24 to 256 registers, in eights"),
+    ("89", "tma", "mbarrier_arrive(reinterpret_cast<Barrier*>(y));", "mbarrier_arrive needs sm_90"),
+))
+def test_what_a_target_does_not_have_is_refused_in_a_sentence(nvcc: str, tmp_path: Path, target: str, header: str,
+                                                              call: str, words: str) -> None:
+    source = tmp_path / "kernel.cu"
+    source.write_text(f"""#include "cuda/common/{header}.cuh"
     using namespace nunchaku_py::cuda;
-    __global__ void kernel(float* y) {
-      float c[4] = {};
-      mma_m16n8k16<bf16>(c, {1, 2, 3, 4}, {5, 6});
-      *y = c[0];
-    }""")
-    done = subprocess.run(nvcc_command(nvcc, "-cubin", "-arch=sm_75", str(source), "-o", str(tmp_path / "out.cubin")),
-                          capture_output=True, text=True)
-    assert done.returncode != 0 and "mma_m16n8k16_bf16 needs sm_80" in done.stdout + done.stderr
+    __global__ void kernel(float* y) {{ {call} }}""")
+    command = nvcc_command(nvcc, "-cubin", f"-arch=sm_{target}", str(source), "-o", str(tmp_path / "out.cubin"))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and words in done.stdout + done.stderr
 
 
 def test_only_common_has_assembly() -> None:

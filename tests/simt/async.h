@@ -63,8 +63,8 @@ struct RegisterPool {
 
 struct Async {
   explicit Async(std::size_t threads = 0) : warpgroups((threads + 127) / 128) {
-    constexpr unsigned kAll = 65536, kMost = 255;
-    // What the assembler gives a kernel of one block per multiprocessor.
+    constexpr unsigned kAll = 65536, kMost = 256;
+    // What the assembler gives a kernel of one block per multiprocessor that asks for more.
     if (threads) pool.at_launch = std::min<unsigned>(kMost, kAll / threads) / 8 * 8;
     mbarriers.reserve(Clocks::kMbarriers);  // who waits at one keeps a reference to it
   }

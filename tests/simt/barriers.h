@@ -173,18 +173,19 @@ inline void cluster_sync() {
 }
 
 // ---- registers ------------------------------------------------------------------------------------------------------
-// Of whole warps; those of a warpgroup need not come together.
+// Of whole warps; those of a warpgroup need not come together. How many a kernel begins with only the assembler knows:
+// as many as fit, but no more than it asks for anywhere.
 inline void set_registers(unsigned count, bool more) {
-  const char* const name = more ? "more_registers" : "fewer_registers";
-  collective_of_all(name, 0, [count, more](auto) {
-    Warp& warp = self->block->warp(*self);
-    if (more ? count < warp.registers : count > warp.registers)
-      fail(Fault::misuse, *self, "has ", warp.registers, " registers, and asks for ", more ? "more: " : "fewer: ", count);
-  });
   Thread& me = *self;
   Block& block = *me.block;
   RegisterPool& pool = block.async.pool;
   Warp& warp = block.warp(me);
+  const char* const name = more ? "more_registers" : "fewer_registers";
+  collective_of_all(name, 0, [&](auto) {
+    if (more && warp.registers == pool.at_launch) warp.registers = std::min(warp.registers, count);
+    if (more ? count < warp.registers : count > warp.registers)
+      fail(Fault::misuse, me, "has ", warp.registers, " registers, and asks for ", more ? "more: " : "fewer: ", count);
+  });
   if (me.id % 32 == 0) {
     while (more && (count - warp.registers) * 32 > pool.free) {
       me.at = "more_registers, which are not there", me.place = 0;

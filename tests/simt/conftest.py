@@ -33,6 +33,12 @@ def rounding(request: pytest.FixtureRequest) -> dict[str, bool]:
     return request.param
 
 
+@pytest.fixture(params=[{}, {"eager": True}], ids=["late", "eager"])
+def timing(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """When TMA and wgmma do their work."""
+    return request.param
+
+
 # ---- the CUDA backend -----------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,15 @@ def places(place: Place, count: int) -> Tensor:
     return torch.tensor([[place(lane // 4, lane % 4, i) for i in range(count)] for lane in range(32)])
 
 
+def of_warpgroup(place: Place, count: int) -> Tensor:
+    """(128, count, 2): of wgmma, where every warp has 16 rows more."""
+    return torch.cat([places(place, count) + torch.tensor([16 * warp, 0]) for warp in range(4)])
+
+
+def wgmma_d(g: int, t: int, i: int) -> tuple[int, int]:
+    return g if i % 4 < 2 else g + 8, 2 * t + (i & 1) + 8 * (i // 4)
+
+
 def spread(matrix: Tensor, place: Place) -> Tensor:
     """The matrix as fragments: (32, elements of a lane)."""
     rows, columns = places(place, matrix.numel() // 32).unbind(-1)

@@ -2,7 +2,6 @@
 #include "hopper.cuh"
 
 #include "call.h"
-#include "hopper_pipeline.cuh"
 
 using namespace nunchaku_py::cuda;
 using simt::Array, simt::Call, simt::Input, simt::Output;
@@ -14,7 +13,7 @@ SIMT_EXPORT const char* box(Call& call, Array matrix, Array out, int rows, int r
     const Output<uint4> to("out", out);
     const BoxParams p{tensor_map(from.data(), rows, row_bytes, box_rows / cluster, BOX_BYTES), to.data(), byte, row,
                       box_rows};
-    launch_cluster(cluster, box_probe<>, cluster, WARPGROUP, box_rows * BOX_BYTES + sizeof(Barrier), nullptr, p);
+    launch_cluster(cluster, box_probe<BoxParams>, cluster, WARPGROUP, box_rows * BOX_BYTES + sizeof(Barrier), nullptr, p);
   });
 }
 
@@ -56,11 +55,6 @@ SIMT_EXPORT const char* wgmma(Call& call, Array a, Array b, Array a_codes, Array
   });
 }
 
-SIMT_EXPORT const char* pipeline(Call& call, const char* bug, Array a, Array b, Array out, int m, int n, int k,
-                                 int cluster) {
-  return simt::run(call, [&] {
-    const Input<uint8_t> in_a("a", a), in_b("b", b);
-    const Output<int> y("out", out);
-    launch_pipeline({in_a.data(), in_b.data(), y.data(), m, n, k}, cluster, bug_called(bug), nullptr);
-  });
+SIMT_EXPORT const char* empty_clusters(Call& call, int blocks, int cluster) {
+  return simt::run(call, [&] { launch_cluster(cluster, +[] { cluster_sync(); }, blocks, 32, 0, nullptr); });
 }

@@ -17,7 +17,7 @@ INSTANTIATE(256)
 
 void launch_probes(const void* matrix, int* out, stream_t stream) {
   const BoxParams box{tensor_map(matrix, 128, 128, 64, BOX_BYTES), reinterpret_cast<uint4*>(out), 0, 0, 128};
-  launch_cluster(2, box_probe<>, 2, WARPGROUP, 128 * BOX_BYTES + sizeof(Barrier), stream, box);
+  launch_cluster(2, box_probe<BoxParams>, 2, WARPGROUP, 128 * BOX_BYTES + sizeof(Barrier), stream, box);
   launch_pipeline({matrix, matrix, out, 128, 64, 128}, 2, PipelineBug::none, stream);
 }
 

@@ -1,5 +1,6 @@
-// Hopper's instructions in kernels, one block each but where clusters are wanted: the host runs them (hopper.cpp), nvcc
-// compiles them (hopper.cu). Empty for targets that lack the instructions; templates, so that those do not even look.
+// Hopper's instructions in kernels: the host runs them (hopper.cpp), nvcc compiles them (hopper.cu). A kernel is empty
+// for targets that lack the instructions: it is a template so that those do not compile it, and of something that does
+// not depend on the target, by CUDA's rules.
 #pragma once
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/tma.cuh"
@@ -18,9 +19,9 @@ struct BoxParams {
 };
 
 // Every block of the cluster loads its part of the box and sends it to all of them. 128 threads.
-template <bool EXISTS = HOPPER>
-__global__ void __launch_bounds__(WARPGROUP, 1) box_probe(const __grid_constant__ BoxParams p) {
-  if constexpr (EXISTS) {
+template <class Params>
+__global__ void __launch_bounds__(WARPGROUP, 1) box_probe(const __grid_constant__ Params p) {
+  if constexpr (HOPPER) {
     SHARED_DYNAMIC(shared);
     auto* const full = reinterpret_cast<Barrier*>(shared + p.rows * BOX_BYTES);
     const int thread = this_thread(), size = cluster_size(), rank = cluster_rank(), part = p.rows / size;
@@ -55,9 +56,9 @@ struct WgmmaParams {
 };
 
 // D = A·Bᵀ of one tile, K in blocks of 128 bytes through a single stage.
-template <int N, bool REGISTERS, bool EXISTS = HOPPER>
+template <int N, bool REGISTERS>
 __global__ void __launch_bounds__(WARPGROUP, 1) wgmma_probe(const __grid_constant__ WgmmaParams p) {
-  if constexpr (EXISTS) {
+  if constexpr (HOPPER) {
     constexpr int A_BYTES = 64 * BOX_BYTES, B_BYTES = N * BOX_BYTES;
     SHARED_DYNAMIC(shared);
     auto* const full = reinterpret_cast<Barrier*>(shared + A_BYTES + B_BYTES);

@@ -171,9 +171,9 @@ DEVICE void pipeline_store(const int (&d)[PIPELINE_COLUMNS / 2], PipelineShared&
 }
 
 // Blocks of a cluster take tiles below each other; clusters go through the matrix in turn.
-template <bool EXISTS = HOPPER>
-__global__ void __launch_bounds__(PIPELINE_THREADS, 1) pipeline_kernel(const __grid_constant__ PipelineParams p) {
-  if constexpr (EXISTS) {
+template <class Params>
+__global__ void __launch_bounds__(PIPELINE_THREADS, 1) pipeline_kernel(const __grid_constant__ Params p) {
+  if constexpr (HOPPER) {
     SHARED_DYNAMIC(shared);
     PipelineShared& s = *reinterpret_cast<PipelineShared*>(shared);
     const int size = cluster_size(), cluster = this_block() / size, clusters = gridDim.x / size;
@@ -214,7 +214,7 @@ inline void launch_pipeline(const PipelineProblem& problem, int cluster, Pipelin
   const auto [a, b, y, m, n, k] = problem;
   const PipelineParams p{tensor_map(a, m, k, PIPELINE_ROWS, BOX_BYTES),
                          tensor_map(b, n, k, PIPELINE_COLUMNS / cluster, BOX_BYTES), y, m, n, k, bug};
-  launch_cluster(cluster, pipeline_kernel<>, 2 * cluster, PIPELINE_THREADS, sizeof(PipelineShared), stream, p);
+  launch_cluster(cluster, pipeline_kernel<PipelineParams>, 2 * cluster, PIPELINE_THREADS, sizeof(PipelineShared), stream, p);
 }
 
 inline PipelineBug bug_called(const std::string& name) {

@@ -133,10 +133,11 @@ class SharedMemory {
   }
 
   bool ordered(const Thread& by, Stamp then, Stamp now) const {
-    return !then.unordered(now) || (clocks_ && knows(by, then, false));
+    return (by.rank == rank_ && !then.unordered(now)) || (clocks_ && knows(by, then, false));
   }
   // kMany: from before there were clocks. Taken for ordered, as nobody knows better.
   bool knows(const Thread& by, Stamp then, bool through_fence) const {
+    if (!through_fence && by.rank == rank_ && then.who == by.id) return true;
     const unsigned lanes = then.is_async() || then.is_thread() ? 1 : then.who & Stamp::kMany ? 0 : 32;
     for (unsigned i = 0; i < lanes; ++i) {
       const unsigned member = then.is_async() ? clocks_->async_member(rank_, then.who - Stamp::kWarpgroup)
