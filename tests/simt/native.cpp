@@ -34,4 +34,7 @@ PYBIND11_MODULE(native_on_host, m) {
         return int(choose(problems(sizes), {places, capability}));
       });
   m.def("tiles_of_block", &tiles_of_block);
+  m.def("choose_sm90", [](const Sizes& sizes, int places, bool whole_heads) {
+    return choose_sm90(problems(sizes), {places, SM90}, whole_heads);
+  });
 }

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -188,3 +189,17 @@ def test_no_rows(device: str) -> None:
             args[-1] = more[-1]
         one = partial(run, ops.OPS[f"linear_w4a8{suffix}"], device)(*args, spec)
         assert (one if isinstance(one, Tensor) else one[0]).shape[0] == 0
+
+
+def test_tiles_on_hopper(on_hopper: ModuleType) -> None:
+    """Wide ones where there is work for all clusters, narrower ones where that leaves fewer idle."""
+    places = 132  # an H100's multiprocessors, two to a cluster
+
+    def chosen(*sizes: tuple[int, int], whole_heads: bool = False) -> int:
+        return on_hopper.choose_sm90(list(sizes), places, whole_heads)
+
+    assert chosen((4608, 9216)) == chosen((4608, 12288)) == 256
+    assert chosen((4608, 3072)) == 192  # 288 items for 66 clusters, against 216
+    assert chosen((4608, 3072), whole_heads=True) in (128, 256)
+    assert chosen((256, 3072)) == 128 == chosen((1, 3072))
+    assert chosen((4096, 3072), (512, 3072)) == 192  # the text of a block beside its image
