@@ -1,5 +1,6 @@
-"""Why a quantized model runs the way it does: for each kind of site the backend it runs on, and why others refuse; for
-each pattern that runs modules together where it holds, and why not elsewhere."""
+"""Why a quantized model runs the way it does: how many sites in which mode, and what a8's fold changes in weights; for
+each kind of site the backend it runs on, and why others refuse; for each pattern that runs modules together where it
+holds, and why not elsewhere."""
 from __future__ import annotations
 
 from collections import Counter
@@ -11,10 +12,13 @@ from torch import nn
 
 from . import ops
 from .errors import NunchakuError
+from .fold_report import fold_errors
 from .fusion import modules_of
 from .linear import QuantizedSite
+from .mode_lines import mode_lines
 from .models.pattern import pattern_of
 from .module_tools import adapted_layers
+from .report import fold_lines
 from .swap import quantized_models, quantized_sites
 
 
@@ -48,13 +52,18 @@ class PatternUse:
 
 
 class Explanations(list[Explanation]):
-    """A list that prints one sentence a line; then those of the patterns, and of the adapters that are on."""
+    """A list that prints one sentence a line, those of modes and of the fold before it; then those of the patterns, and
+    of the adapters that are on. folds: what folding to INT8 changes in each weight that is made for 4-bit activations,
+    relative to it."""
 
+    modes: list[str]
+    folds: dict[str, float]
     patterns: list[PatternUse]
     adapters: list[str]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, [*self, *self.patterns, *self.adapters]))
+        fold = fold_lines(list(self.folds.values()))
+        return "\n".join(map(str, [*self.modes, *fold, *self, *self.patterns, *self.adapters]))
 
 
 @torch.no_grad()
@@ -71,6 +80,8 @@ def explain(target: object, rows: int = 64) -> Explanations:
     found = Explanations()
     for sites in kinds.values():
         found += _explain_site(sites[0], len(sites), rows)
+    found.modes = mode_lines(models)
+    found.folds = {name: error for model in models for name, error in fold_errors(model).items()}
     found.patterns, found.adapters = _explain_patterns(models), _explain_adapters(models)
     return found
 

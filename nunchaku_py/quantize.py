@@ -21,6 +21,7 @@ from .engine import Engine, Job, jobs_of
 from .errors import NunchakuError
 from .folders import DENOISERS
 from .methods.work import Context, Stats
+from .mode_lines import mode_lines
 from .models.discover import linears_in
 from .models.plan import Plan, Unit, plan
 from .precision import without_autocast
@@ -229,6 +230,7 @@ class Run:
             prepare(self.model)
             for site in quantized_sites(self.model):
                 site.pack()
+            report.modes = mode_lines([self.model])
         except BaseException:
             self.undo()
             raise

@@ -133,8 +133,9 @@ def _modes() -> str:
 
     sites = {"int4 file": Site("w4a4", "int4", 64), "nvfp4 file": Site("w4a4", "nvfp4", 16),
              "weight-only sites": Site("w4a16", "int4", 64)}
-    return table(("device", *sites), [(name, *(auto_mode(site, torch.device(name)) for site in sites.values()))
-                                      for name in device_names()])
+    defaults = table(("device", *sites), [(name, *(auto_mode(site, torch.device(name)) for site in sites.values()))
+                                          for name in device_names()])
+    return f"{defaults}\nanother mode for a model: mode= of load and quantize, nq.set_mode(model, mode), --mode"
 
 
 def _environment() -> str:

@@ -8,19 +8,21 @@ from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import NunchakuError
 from ..folders import read_json
 from .headers import Header, TensorHeader, read_header
 from .lora_files import coverage, described
 from .sources import check_there, class_name, model_path, quantization_of, weight_bytes
+from .stored_folds import StoredFolds
 from .tables import size, table
 
 SUMMARY = "what is in a checkpoint: sites, formats, ranks, sizes"
 DESCRIPTION = ("List the quantized linears of a model folder, a pipeline folder or a single file, with format, rank,\n"
                "shape and bytes, what shares an input, and what stayed in 16 bit. Reads headers only, so it takes no\n"
-               "longer for a large file. Of other safetensors files it says what they are, as far as that shows.")
+               "longer for a large file, unless --fold asks for more. Of other safetensors files it says what they\n"
+               "are, as far as that shows.")
 EXAMPLES = ("  nunchaku-py inspect ./FLUX.1-dev-int4\n  nunchaku-py inspect ./transformer-int4.safetensors --all\n"
             "  nunchaku-py inspect ./some-lora.safetensors --for ./FLUX.1-dev-int4\n")
 
@@ -30,39 +32,48 @@ LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "
 Row = tuple[str, ...]
 
 
+class View(NamedTuple):
+    """What is shown. every: a line for each site; fold: what is known of the weights when they are read."""
+
+    every: bool
+    fold: bool
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=model_path, metavar="FILE_OR_DIR",
                         help="a .safetensors file, a model or a pipeline")
     parser.add_argument("--all", action="store_true", help="a line for every site, not one for all alike")
+    parser.add_argument("--fold", action="store_true",
+                        help="read the weights, and say what folding them to INT8 (mode a8) changes, relative to them")
     parser.add_argument("--for", dest="target", type=model_path, metavar="MODEL_OR_PIPELINE_DIR",
                         help="of a LoRA: say which modules of this model it would change")
 
 
 def run(args: argparse.Namespace) -> int:
-    path: Path = args.path
+    path, view = args.path, View(args.all, args.fold)
     check_there(path)
     if args.target is not None and not path.is_file():
         raise NunchakuError(f"--for: {path} is no LoRA file")
     if path.is_file():
-        print(_file(path, args.all))
+        print(_file(path, view))
         if args.target is not None:
             print(coverage(path, args.target, args.verbose))
     elif (path / "model_index.json").is_file():
-        print(_pipeline(path, args.all))
+        print(_pipeline(path, view))
     elif (path / "config.json").is_file():
-        print(_model(path, args.all))
+        print(_model(path, view))
     else:
-        print(_folder_of_files(path, args.all))
+        print(_folder_of_files(path, view))
     return 0
 
 
-def _file(path: Path, every: bool) -> str:
+def _file(path: Path, view: View) -> str:
     header = read_header(path)
     config = _config_in(header)
     if quantization_of(config).get("quant_method") == OURS:
-        return _ours(str(path), config, header, every)
+        return _ours(str(path), config, header, view)
     kind = kind_of(header)
-    title = described(path, header, every) if kind == ADAPTER else f"{path}: {kind}"
+    title = described(path, header, view.every) if kind == ADAPTER else f"{path}: {kind}"
     return f"{title}\n{_stored(header.tensors.values())}"
 
 
@@ -74,13 +85,13 @@ def _config_in(header: Header) -> dict[str, Any]:
         return {}
 
 
-def _pipeline(path: Path, every: bool) -> str:
+def _pipeline(path: Path, view: View) -> str:
     index = read_json(path / "model_index.json")
     parts = [f"{path}: {class_name(index) or 'pipeline'}"]
     for name, value in index.items():
         folder = path / name
         if isinstance(value, list) and value and value[0] and folder.is_dir():
-            parts.append(_component(name, folder, str(value[1]), every))
+            parts.append(_component(name, folder, str(value[1]), view))
     return "\n\n".join(_paragraphs(parts))
 
 
@@ -91,30 +102,30 @@ def _paragraphs(parts: list[str]) -> Iterable[str]:
     yield from (part for part in parts[1:] if "\n" in part)
 
 
-def _component(name: str, folder: Path, cls: str, every: bool) -> str:
+def _component(name: str, folder: Path, cls: str, view: View) -> str:
     if not weight_bytes(folder):
         return f"  {name}: {cls}"
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if quantization_of(config).get("quant_method") == OURS:
-        return _model(folder, every)
+        return _model(folder, view)
     return f"  {name}: {cls}, {size(weight_bytes(folder))}"
 
 
-def _model(path: Path, every: bool) -> str:
+def _model(path: Path, view: View) -> str:
     config = read_json(path / "config.json")
     header = _merged(path)
     method = quantization_of(config).get("quant_method")
     if method == OURS:
-        return _ours(str(path), config, header, every)
+        return _ours(str(path), config, header, view)
     quantized = f", quantized by {method}" if method else ""
     return f"{path}: {class_name(config) or 'model'}{quantized}\n{_stored(header.tensors.values())}"
 
 
-def _folder_of_files(path: Path, every: bool) -> str:
+def _folder_of_files(path: Path, view: View) -> str:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise NunchakuError(f"{path}: holds neither a pipeline, nor a model, nor safetensors files")
-    return "\n\n".join(_file(file, every) for file in files)
+    return "\n\n".join(_file(file, view) for file in files)
 
 
 def _merged(path: Path) -> Header:
@@ -127,19 +138,21 @@ def _merged(path: Path) -> Header:
 
 
 # ------------------------------------------------------------------------------------------------------- our own files
-def _ours(label: str, config: dict[str, Any], header: Header, every: bool) -> str:
+def _ours(label: str, config: dict[str, Any], header: Header, view: View) -> str:
     quantization = quantization_of(config)
     if quantization.get("format_version") != 1:
         raise NunchakuError(f"{label}: format_version is {quantization.get('format_version')!r}, this release reads 1")
-    owners, rows = _site_rows(label, quantization.get("sites") or {}, header)
+    folds = StoredFolds(Path(label)) if view.fold else None
+    owners, rows = _site_rows(label, quantization.get("sites") or {}, header, folds)
     recipe = quantization.get("recipe") or "no recipe named"
     title = f"{label}: {class_name(config)}, {recipe}, computes in {quantization.get('compute_dtype')}"
-    columns = ("site", "kind", "format", "rank", "N", "K", "bytes")
-    body = table(columns, rows) if every else table(("count", *columns), _alike(rows))
+    columns = ("site", "kind", "format", "rank", "N", "K", *(("fold %",) if view.fold else ()), "bytes")
+    body = table(columns, rows) if view.every else table(("count", *columns), _alike(rows, view.fold))
     return "\n".join([title, "", body, "", *_totals(quantization, header, owners)])
 
 
-def _site_rows(label: str, sites: dict[str, Any], header: Header) -> tuple[dict[str, str], list[Row]]:
+def _site_rows(label: str, sites: dict[str, Any], header: Header, folds: StoredFolds | None
+               ) -> tuple[dict[str, str], list[Row]]:
     """(tensor name → site, a row per site or K-part). A site whose tensors are missing is refused."""
     owner = {name: site for name in header.tensors if (site := _owner(name, header.tensors))}
     nbytes: Counter[str] = Counter()
@@ -152,7 +165,9 @@ def _site_rows(label: str, sites: dict[str, Any], header: Header) -> tuple[dict[
         if entry is None:
             raise NunchakuError(f"{label}: {site}.codes is in the file, but its config names no such site")
         entry = entry["parts"][int(part)] if part else entry
-        rows.append((*_row(site, module, entry, header), str(nbytes[site])))
+        row = _row(site, module, entry, header)
+        fold = [] if folds is None else [_percent(folds.of(site, entry, int(row[-1])))]
+        rows.append((*row, *fold, str(nbytes[site])))
     for name in sites:
         if not any(fnmatchcase(site.partition(".parts.")[0], name) for site in owner.values()):
             raise NunchakuError(f"{label}: the config names the site {name}, but the file holds no such tensors")
@@ -176,15 +191,22 @@ def _row(site: str, module: str, entry: dict[str, Any], header: Header) -> Row:
     return label, entry["kind"], fmt, str(entry.get("rank", 0)), str(n), str(k)
 
 
-def _alike(rows: list[Row]) -> list[Row]:
-    """Rows that differ in the number of their block only are one row with a count."""
-    counts: Counter[Row] = Counter()
-    nbytes: Counter[Row] = Counter()
-    for label, *middle, count in rows:
-        key = (re.sub(r"\.\d+\.", ".*.", label, count=1), *middle)
-        counts[key] += 1
-        nbytes[key] += int(count)
-    return [(str(counts[key]), *key, str(nbytes[key])) for key in counts]
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f}"
+
+
+def _alike(rows: list[Row], fold: bool) -> list[Row]:
+    """Rows that differ in the number of their block only are one row with a count, all bytes and the mean fold."""
+    found: dict[Row, list[Row]] = {}
+    for row in rows:
+        middle = row[1:-2] if fold else row[1:-1]
+        found.setdefault((re.sub(r"\.\d+\.", ".*.", row[0], count=1), *middle), []).append(row)
+    made = []
+    for key, alike in found.items():
+        folds = [float(row[-2]) for row in alike if fold and row[-2]]
+        cell = [f"{sum(folds) / len(folds):.2f}" if folds else ""] if fold else []
+        made.append((str(len(alike)), *key, *cell, str(sum(int(row[-1]) for row in alike))))
+    return made
 
 
 def _totals(quantization: dict[str, Any], header: Header, owner: dict[str, str]) -> list[str]:

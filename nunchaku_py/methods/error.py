@@ -75,7 +75,9 @@ def residual_rows(work: Work, ctx: Context, rows: slice, mode: Mode = "a4") -> T
     return folded.float() * scale[:, None]
 
 
-def output_error(work: Work, ctx: Context, mode: Mode | None = None, tokens: Tensor | None = None) -> float:
+def output_error(
+    work: Work, ctx: Context, mode: Mode | None = None, tokens: Tensor | None = None, enough: int = ENOUGH_CHUNKS
+) -> float:
     """‖Y − Ŷ‖/‖Y‖ on the token sample (or other tokens); of the weights alone if the input is unknown.
 
     Of a large weight it looks at some of the outputs, evenly spread: all of them would cost as much as a step."""
@@ -83,7 +85,7 @@ def output_error(work: Work, ctx: Context, mode: Mode | None = None, tokens: Ten
     hidden = exact @ work.low.T
     wrong = total = 0.0
     chunks = list(work.chunks())
-    for rows in chunks[:: max(1, len(chunks) // ENOUGH_CHUNKS)]:
+    for rows in chunks[:: max(1, len(chunks) // enough)]:
         y = exact @ work.smoothed(rows).T
         total += y.square().sum().item()
         y.addmm_(hidden, work.up[rows].T, alpha=-1)

@@ -1,0 +1,36 @@
+"""What mode a8 would change in the weights of a file of ours, read from the file."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import NunchakuError
+
+
+class StoredFolds:
+    """Reads one weight at a time from a .safetensors file, or from all in a folder."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        opened = [safe_open(file, framework="pt") for file in files]
+        self.holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def of(self, site: str, entry: Mapping[str, Any], k: int) -> float | None:
+        """fold_error of a site; None where its inputs stay 16 bit, so that nothing is folded."""
+        from ..fold_report import fold_error
+        from ..formats import format_of
+        from ..tensor import QTensor
+
+        if entry["kind"] != "w4a4":
+            return None
+        found = {leaf: self.holder[f"{site}.{leaf}"].get_tensor(f"{site}.{leaf}")
+                 for leaf in ("codes", "scales", "zeros", "channel_scale") if f"{site}.{leaf}" in self.holder}
+        if "scales" not in found:
+            raise NunchakuError(f"{site}.scales: missing in the file")
+        try:
+            return fold_error(QTensor(format=format_of(entry["format"], entry["group"]), k=k, **found))
+        except NunchakuError as error:
+            raise NunchakuError(f"{site}: {error}") from error
