@@ -121,7 +121,7 @@ def test_inspect_reads_the_weights_when_asked(calibrated, tmp_path: Path, capsys
     assert main(["inspect", str(tmp_path / "model.safetensors"), "--fold"]) == 0
 
 
-GPUS = {(7, 5): ("a4", "a8"), (8, 0): ("a4", "a8"), (8, 6): ("a4", "a8"), (8, 9): ("a4", "a8"), (9, 0): ("a8", "a8"),
+GPUS = {(7, 5): ("a4", "a8"), (8, 0): ("a8", "a8"), (8, 6): ("a4", "a8"), (8, 9): ("a4", "a8"), (9, 0): ("a8", "a8"),
         (10, 0): ("a8", "a8"), (12, 0): ("a8", "a4"), (12, 1): ("a8", "a4")}
 
 
