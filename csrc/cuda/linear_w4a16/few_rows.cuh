@@ -9,7 +9,8 @@
 namespace nunchaku_py::cuda {
 
 constexpr int FEW_WARPS = 4, CHANNELS = 2;
-constexpr int FEW_BLOCKS = 8;  // on a multiprocessor: enough reads under way
+template <int ROWS>
+constexpr int FEW_BLOCKS = ROWS == 1 ? 8 : ROWS == 2 ? 6 : 4;  // on a multiprocessor: reads under way, and registers
 
 template <class T>
 DEVICE void load_eight(float (&x)[8], const T* from) {
@@ -75,7 +76,7 @@ DEVICE float sum_of_lanes(float value) {
 
 // Rows and channels beyond the end are the last one again, and are not written.
 template <class T, int ROWS, bool SIGNED>
-__global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS) few_rows_kernel(Decoded<T> p) {
+__global__ void __launch_bounds__(FEW_WARPS * 32, FEW_BLOCKS<ROWS>) few_rows_kernel(Decoded<T> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int m0 = blockIdx.x * ROWS, n0 = (blockIdx.y * FEW_WARPS + warp) * CHANNELS;
   int rows[ROWS], channels[CHANNELS];

@@ -218,7 +218,7 @@ DEVICE void quantize_block(const QuantizeParams<T>& p, Source& source) {
 }
 
 template <class T, int RANKS, int WARPS, class Source, class Codes>
-__global__ void __launch_bounds__(WARPS * 32) quantize_act_kernel(QuantizeParams<T> p, Source source) {
+__global__ void __launch_bounds__(WARPS * 32, 1) quantize_act_kernel(QuantizeParams<T> p, Source source) {
   if constexpr (MULTIPLIES<T>) quantize_block<T, RANKS, WARPS, Source, Codes>(p, source);
 }
 
