@@ -214,7 +214,8 @@ inline void launch_pipeline(const PipelineProblem& problem, int cluster, Pipelin
   const auto [a, b, y, m, n, k] = problem;
   const PipelineParams p{tensor_map(a, m, k, PIPELINE_ROWS, BOX_BYTES),
                          tensor_map(b, n, k, PIPELINE_COLUMNS / cluster, BOX_BYTES), y, m, n, k, bug};
-  launch_cluster(cluster, pipeline_kernel<PipelineParams>, 2 * cluster, PIPELINE_THREADS, sizeof(PipelineShared), stream, p);
+  launch_cluster(cluster, pipeline_kernel<PipelineParams>, 2 * cluster, PIPELINE_THREADS, sizeof(PipelineShared), stream,
+                 p);
 }
 
 inline PipelineBug bug_called(const std::string& name) {
