@@ -1,7 +1,8 @@
 // What a block has of Hopper's barriers and of work that goes on by itself.
 #pragma once
+#include <algorithm>
 #include <cstdint>
-#include <functional>
+#include <ostream>
 #include <vector>
 
 #include "clocks.h"
@@ -34,9 +35,9 @@ struct NamedBarrier {
 struct Accumulators {
   std::vector<int*> registers;  // of each thread
   int columns = 0;
-  std::vector<int> sums;      // thread by thread: while wgmma has them, what they will be; then what they were given
-  unsigned in_flight = 0;     // wgmma that have them
-  bool fenced = false;        // since wgmma gave them back
+  std::vector<int> sums;   // thread by thread: what wgmma will give back, or what it gave back last
+  unsigned in_flight = 0;  // wgmma that have them
+  bool fenced = false;     // since wgmma gave them back
 };
 
 struct Wgmma {

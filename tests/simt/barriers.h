@@ -24,7 +24,8 @@ inline Mbarrier& mbarrier_at(Block& block, std::ptrdiff_t offset, const Thread& 
   std::memcpy(&state, p, 8);
   const std::uint64_t number = state ^ kMbarrierMark;
   if (number >= block.async.mbarriers.size())
-    fail(Fault::misuse, me, "uses an mbarrier at shared+", offset, ", where none was initialised, or it was overwritten");
+    fail(Fault::misuse, me, "uses an mbarrier at shared+", offset,
+         ", where none was initialised, or it was overwritten");
   return block.async.mbarriers[number];
 }
 
@@ -32,7 +33,8 @@ inline void mbarrier_init(void* p, int arrivals) {
   Thread& me = *self;
   Block& block = *me.block;
   Clocks* const clocks = block.cluster.clocks();
-  if (arrivals < 1 || arrivals >= 1 << 20) fail(Fault::misuse, me, "initialises an mbarrier for ", arrivals, " arrivals");
+  if (arrivals < 1 || arrivals >= 1 << 20)
+    fail(Fault::misuse, me, "initialises an mbarrier for ", arrivals, " arrivals");
   touch_shared(p, 8, Access::write);
   std::vector<Mbarrier>& all = block.async.mbarriers;
   if (all.size() == Clocks::kMbarriers)

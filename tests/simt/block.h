@@ -142,9 +142,9 @@ class Block {
   std::vector<Thread> threads;
   uint3 index;
   std::size_t alive = 0;
-  Async async;                // mbarriers, named barriers, wgmma
-  Clocks* clocks = nullptr;   // of the cluster, once they are needed
-  Context* main = nullptr;    // where to go when no thread can run
+  Async async;               // mbarriers, named barriers, wgmma
+  Clocks* clocks = nullptr;  // of the cluster, once they are needed
+  Context* main = nullptr;   // where to go when no thread can run
   std::uint64_t switches = 0;
 
  private:

@@ -1,10 +1,10 @@
-// Which accesses to shared memory are ordered, where __syncthreads and __syncwarp are not all that orders them: a vector
-// clock for every thread of a cluster, switched on by the first mbarrier, named barrier, wgmma or cluster_sync.
+// Which accesses to shared memory are ordered, where __syncthreads and __syncwarp are not all that orders them: a
+// vector clock for every thread of a cluster, switched on by the first mbarrier, named barrier, wgmma or cluster_sync.
 //
-// Every warp counts the time: a tick goes by whenever a thread of it releases what it did. A row of the table says up to
-// which tick a thread knows what each other one did. Whoever arrives at a barrier adds its row to the barrier's; whoever
-// has waited there takes the barrier's into its own. So do those that are no threads: of an mbarrier, what TMA wrote
-// until phase p was complete (tick p + 1); of a warpgroup, what its wgmma of group g read (tick g + 1).
+// Every warp counts the time: a tick goes by whenever a thread of it releases what it did. A thread's row of the table
+// says up to which tick it knows what each other one did. Whoever arrives at a barrier adds its row to the barrier's;
+// whoever has waited there takes the barrier's into its own. Not only threads do something: an mbarrier stands for what
+// TMA wrote until its phase p was complete (tick p + 1), a warpgroup for what its wgmma of group g read (tick g + 1).
 // The second half of a row is what wgmma and TMA see of it: what went through a fence_async on the way.
 #pragma once
 #include <algorithm>

@@ -1,6 +1,7 @@
 // Blocks of a cluster, run together by one host thread. A grid is its clusters, one after the other on each worker: a
 // block that waits for one of another cluster waits for ever.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <functional>
@@ -137,7 +138,8 @@ class Cluster {
     std::ostringstream where;
     const char* separator = "";
     for (const auto& block : blocks) {
-      if (blocks.size() > 1) where << std::exchange(separator, "; ") << "in block " << block->rank << " of the cluster ";
+      where << std::exchange(separator, "; ");
+      if (blocks.size() > 1) where << "in block " << block->rank << " of the cluster ";
       block->tell(where);
     }
     const auto first = std::find_if(blocks.begin(), blocks.end(), [](const auto& block) { return block->alive; });

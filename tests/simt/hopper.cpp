@@ -13,7 +13,8 @@ SIMT_EXPORT const char* box(Call& call, Array matrix, Array out, int rows, int r
     const Output<uint4> to("out", out);
     const BoxParams p{tensor_map(from.data(), rows, row_bytes, box_rows / cluster, BOX_BYTES), to.data(), byte, row,
                       box_rows};
-    launch_cluster(cluster, box_probe<BoxParams>, cluster, WARPGROUP, box_rows * BOX_BYTES + sizeof(Barrier), nullptr, p);
+    const size_t bytes = box_rows * BOX_BYTES + sizeof(Barrier);
+    launch_cluster(cluster, box_probe<BoxParams>, cluster, WARPGROUP, bytes, nullptr, p);
   });
 }
 

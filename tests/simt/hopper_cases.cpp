@@ -1,6 +1,7 @@
 // Small kernels that use Hopper's instructions wrongly in one place, and some that use them rightly, for
 // test_hopper_cases.py.
 #include "call.h"
+#include "cuda/common/ldmatrix.cuh"
 #include "hopper.cuh"
 
 using namespace nunchaku_py::cuda;
@@ -136,6 +137,14 @@ const Case cases[] = {
        sts(shared + threadIdx.x * 4, 1);
        named_barrier<64>(1 + threadIdx.x / 64);
        lds<int>(shared + (threadIdx.x ^ 64) * 4);
+     }},
+    {"ldmatrix_without_syncwarp_after_a_named_barrier", 32, 1,
+     [](TensorMap, int*) {
+       SHARED_DYNAMIC(shared);
+       named_barrier<32>(1);
+       uint32_t d[4];
+       sts(shared + threadIdx.x * 16, uint4{});
+       ldmatrix_x4(d, shared + threadIdx.x * 16);
      }},
     {"fewer_registers_than_fewer", 128, 1,
      [](TensorMap, int*) {
@@ -313,6 +322,9 @@ const Case cases[] = {
        const int got = lds<int>(shared + (t ^ 32) * 4);
        named_barrier<128>(3);
        sts(shared + (t ^ 64) * 4, got);
+       __syncwarp();
+       uint32_t row[1];
+       ldmatrix_x1(row, shared + (t ^ 64) / 32 * 128 + t % 8 * 16);  // what the warp has just stored
        __syncthreads();
        if (t < 100) stg(out + t, lds<int>(shared + t * 4));  // t ^ 96
      }},

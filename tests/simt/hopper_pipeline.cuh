@@ -11,7 +11,7 @@ namespace nunchaku_py::cuda {
   X(reads_before_full)                  \
   X(refills_before_empty)               \
   X(empty_of_own_block_only)            \
-  X(arrives_before_wgmma_is_done)       \
+  X(gives_back_the_stage_in_use)         \
   X(wrong_parity_of_full)               \
   X(wrong_parity_of_empty)              \
   X(expects_too_many_bytes)             \
@@ -119,10 +119,11 @@ DEVICE void consumers_done(PipelineShared& s, const Params& p, int stage, int th
   if (p.has(PipelineBug::one_arrival_too_many) && thread == 0) mbarrier_arrive(&s.empty[stage]);
 }
 
-// The sums of one tile.
+// The sums of one tile. A stage is given back when the wgmma of the next one have begun.
 template <class Params>
 DEVICE void consume(int (&d)[PIPELINE_COLUMNS / 2], PipelineShared& s, const Params& p, int group, Turn& turn) {
   const int thread = this_thread() % WARPGROUP;
+  int previous = 0;
   for (int k = 0; k < pipeline_blocks_of_k(p); ++k, turn.next()) {
     PipelineStage& stage = s.stages[turn.stage];
     const int parity = turn.round % 2 ^ p.has(PipelineBug::wrong_parity_of_full);
@@ -136,14 +137,15 @@ DEVICE void consume(int (&d)[PIPELINE_COLUMNS / 2], PipelineShared& s, const Par
     }
     wgmma_commit();
     if (p.has(PipelineBug::touches_sums_of_wgmma)) d[0] = 0;
-    if (p.has(PipelineBug::arrives_before_wgmma_is_done)) {
+    if (!p.has(PipelineBug::no_wgmma_wait)) wgmma_wait<1>();
+    if (p.has(PipelineBug::gives_back_the_stage_in_use))
       consumers_done(s, p, turn.stage, thread);
-      wgmma_wait<0>(d);
-    } else {
-      if (!p.has(PipelineBug::no_wgmma_wait)) wgmma_wait<0>(d);
-      consumers_done(s, p, turn.stage, thread);
-    }
+    else if (k)
+      consumers_done(s, p, previous, thread);
+    previous = turn.stage;
   }
+  if (!p.has(PipelineBug::no_wgmma_wait)) wgmma_wait<0>(d);
+  if (!p.has(PipelineBug::gives_back_the_stage_in_use)) consumers_done(s, p, previous, thread);
 }
 
 template <class Params>
@@ -214,7 +216,8 @@ inline void launch_pipeline(const PipelineProblem& problem, int cluster, Pipelin
   const auto [a, b, y, m, n, k] = problem;
   const PipelineParams p{tensor_map(a, m, k, PIPELINE_ROWS, BOX_BYTES),
                          tensor_map(b, n, k, PIPELINE_COLUMNS / cluster, BOX_BYTES), y, m, n, k, bug};
-  launch_cluster(cluster, pipeline_kernel<PipelineParams>, 2 * cluster, PIPELINE_THREADS, sizeof(PipelineShared), stream, p);
+  const size_t bytes = sizeof(PipelineShared);
+  launch_cluster(cluster, pipeline_kernel<PipelineParams>, 2 * cluster, PIPELINE_THREADS, bytes, stream, p);
 }
 
 inline PipelineBug bug_called(const std::string& name) {

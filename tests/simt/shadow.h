@@ -137,7 +137,6 @@ class SharedMemory {
   }
   // kMany: from before there were clocks. Taken for ordered, as nobody knows better.
   bool knows(const Thread& by, Stamp then, bool through_fence) const {
-    if (!through_fence && by.rank == rank_ && then.who == by.id) return true;
     const unsigned lanes = then.is_async() || then.is_thread() ? 1 : then.who & Stamp::kMany ? 0 : 32;
     for (unsigned i = 0; i < lanes; ++i) {
       const unsigned member = then.is_async() ? clocks_->async_member(rank_, then.who - Stamp::kWarpgroup)
@@ -230,7 +229,8 @@ class SharedMemory {
     const char* const does = bulk.access == Access::read ? " reads what " : " writes over what ";
     for (unsigned i = 0; then.tick && i < bulk.count; ++i) {
       const Thread& by = bulk.by[i];
-      if (!knows(by, then, false)) clash(by, bulk.now, at, does, then, was_read ? " read" : " wrote");
+      const bool own = by.rank == rank_ && then.who == by.id;
+      if (!own && !knows(by, then, false)) clash(by, bulk.now, at, does, then, was_read ? " read" : " wrote");
       if (!was_read && !then.is_async() && !knows(by, then, true))
         fail(Fault::race, by, "at shared+", at, ": ", bulk.now, does, then, " wrote, no fence_async between");
     }

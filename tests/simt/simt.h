@@ -2,10 +2,14 @@
 // are where fibers meet, and every instruction that csrc/cuda/common wraps has a model that does what the PTX ISA says.
 //
 // Reported: accesses out of bounds, misaligned, to read-only buffers; shared memory read before it is written, or while
-// a cp.async fills it; accesses to shared memory that no barrier orders; threads of a warp or block that do not arrive.
+// a cp.async or TMA fills it; accesses to shared memory that no barrier of any kind orders, or no fence_async for wgmma
+// and TMA; mbarriers and wgmma used against their rules; blocks that end while others of their cluster still do
+// something there; threads that do not arrive, with what they wait at.
 // Exact to the bit: integers, ldmatrix, shuffles, conversions, IEEE arithmetic. Not defined to the bit by PTX, so to be
-// tested both ways (Options::truncate): sums of float mma, approximate functions. Tests run in both thread orders, too.
-// Not seen: the text of the asm; races on global memory; registers used before they are set; speed.
+// tested both ways (Options::truncate): sums of float mma, approximate functions. Tests run in both thread orders, too,
+// and with work that goes on by itself done late and early (Options::eager).
+// Not seen: the text of the asm; races on global memory; registers used before they are set; which scope a barrier has;
+// how many registers there are; speed.
 #pragma once
 #include "barriers.h"
 #include "collective.h"

@@ -24,6 +24,7 @@ FAULTS = {  # case of hopper_cases.cpp → how the sentence begins, and what it 
     "named_barrier_of_half_warps": ("divergence", "is at named barrier 1 with only some lanes of the warp of thread"),
     "named_barrier_of_two_sizes": ("divergence", r"is at named barrier 1 for \d+ threads, where others are for"),
     "named_barrier_of_others": ("race|poison", "reads what thread|which nothing was written to"),
+    "ldmatrix_without_syncwarp_after_a_named_barrier": ("race", r"warp 0 reads what thread \d+ wrote"),
     "fewer_registers_than_fewer": ("misuse", "has 40 registers, and asks for fewer: 48"),
     "tma_read_before_its_wait": ("race|poison", "reads what TMA wrote|a TMA load not waited for|nothing was written"),
     "tma_read_by_one_who_has_not_waited": ("race|poison", "reads what TMA wrote|not waited for|nothing was written"),

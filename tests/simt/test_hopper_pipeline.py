@@ -10,7 +10,7 @@ BUGS = {  # planted in hopper_pipeline.cuh → the fault that gives it away
     "reads_before_full": "race|poison",
     "refills_before_empty": "race|misuse",
     "empty_of_own_block_only": "race",
-    "arrives_before_wgmma_is_done": "race",
+    "gives_back_the_stage_in_use": "race",
     "wrong_parity_of_full": "race|poison|divergence",
     "wrong_parity_of_empty": "divergence",
     "expects_too_many_bytes": "divergence",

@@ -4,8 +4,8 @@
 //
 // What a thread did in shared memory before it arrives is done for those who have waited, in its own block and in
 // others of the cluster. Not so what it wrote to global memory, for another block: arrivals and waits are of the scope
-// of a block, because a release of cluster scope becomes a MEMBAR.ALL.GPU before each arrival, and an acquire of cluster
-// scope a CCTL.IVALL after each wait, which empties L1. cluster_sync has both.
+// of a block, because a release of cluster scope becomes a MEMBAR.ALL.GPU before each arrival, and an acquire of
+// cluster scope a CCTL.IVALL after each wait, which empties L1. cluster_sync has both.
 #pragma once
 #include "cuda/common/memory.cuh"
 

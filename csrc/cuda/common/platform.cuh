@@ -32,7 +32,8 @@ constexpr int TARGET = SIMT_TARGET;
 constexpr int TARGET = 1000;
 #endif
 
-// Hopper's own instructions are not those of every GPU from 9.0 on: code for sm_90 may not have them, nor later GPUs.
+// Whether there are wgmma and setmaxnreg: in code for sm_90a, neither for sm_90 nor for later GPUs. The host model has
+// them.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool HOPPER = TARGET >= 90;
 #else
