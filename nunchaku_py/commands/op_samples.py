@@ -58,7 +58,8 @@ def _shapes(fmt: str, act: str, k_next: int, dtype: torch.dtype, layout: str
         "x": ((M, K), dtype), "norm_weight": ((K,), dtype), "scale": ((1, K), dtype), "shift": ((1, K), dtype),
         "inv_smooth": ((K,), fp32), "down": ((R, K), dtype), "qx": qx, "sx": sx,
         "qw": ((N, K // 2), torch.uint8), "sw": (of_w, scale),
-        "aux": ((N * ((act == "int8") + (fmt == "nvfp4")),), fp32), "h": ((M, R), fp32), "up": ((N, R), dtype), "bias": ((N,), dtype),
+        "aux": ((N * ((act == "int8") + (fmt == "nvfp4")),), fp32), "h": ((M, R), fp32), "up": ((N, R), dtype),
+        "bias": ((N,), dtype),
         "next_inv_smooth": ((k_next,), fp32), "next_down": ((R, k_next), dtype),
         "q_norm": ((HEAD,), dtype), "k_norm": ((HEAD,), dtype), "rotary": ((M, HEAD // 2, 2), fp32),
         "gate": ((1, N), dtype), "residual": ((M, N), dtype)}

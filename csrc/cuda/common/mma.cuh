@@ -209,10 +209,10 @@ DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 // ---- NVFP4, float sums: sm_120a, 120f and 121a
 // ----------------------------------------------------------------------- An instruction of neither plain sm_120 nor
 // sm_100a.
-#ifdef __CUDA_ARCH__
-constexpr bool MULTIPLIES_NVFP4 = __CUDA_ARCH_SPECIFIC__ / 100 == 12 || __CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 12;
-#else
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH_SPECIFIC__ / 100 == 12 || __CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 12
 constexpr bool MULTIPLIES_NVFP4 = TARGET >= 120;
+#else
+constexpr bool MULTIPLIES_NVFP4 = false;
 #endif
 
 // e2m1, each 16 columns of A and rows of B times a ue4m3 scale, four scales to a register, the lowest byte for the

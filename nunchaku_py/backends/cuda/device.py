@@ -75,9 +75,10 @@ def refuses_nvfp4(device: torch.device) -> str | None:
     if (major, minor) not in NVFP4:
         return f"a GPU of compute capability {major}.{minor} has no instruction for NVFP4 that these kernels use"
     targets = native.cuda_targets()
-    if not any(target[-1] in "af" and runs_on(target, (major, minor)) for target in targets):
-        return f"it multiplies NVFP4 where it was built for {major}{minor}a or {major}0f, and it was for {', '.join(targets)}"
-    return None
+    if any(target[-1] in "af" and runs_on(target, (major, minor)) for target in targets):
+        return None
+    return (f"it has NVFP4 kernels where it was built for {major}{minor}a or {major}0f, and it was built for "
+            f"{', '.join(targets)}")
 
 
 # ----------------------------------------------------------------------------------------------------- calling a kernel

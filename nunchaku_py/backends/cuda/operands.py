@@ -69,13 +69,13 @@ def _packed(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, aux: Tensor, h: Tens
         expect_matrix(name, "of rows", tensor)
     m, n, codes = qx.shape[0], qw.shape[0], (torch.uint8,)
     scales, words = {"nvfp4": (torch.float8_e4m3fn, ", 4)")}.get(spec.weight, (up.dtype, ")"))
-    channels = n if spec.weight == "nvfp4" else 0
+    channels, of_channels = (n, (torch.float32,)) if spec.weight == "nvfp4" else (0, None)
     return (
         ("qx", qx, "(rows, in/2)", (m, spec.k // 2), codes),
         ("sx", sx, "(in/64, padded rows" + words, mma_scales(spec.weight, m, spec.k), (scales,)),
         ("qw", qw, "(out, in/2)", (n, spec.k // 2), codes),
         ("sw", sw, "(in/64, padded out" + words, mma_scales(spec.weight, n, spec.k), (scales,)),
-        ("aux", aux, "channel_scale (out)" if channels else "(none)", (channels,), (torch.float32,) if channels else None),
+        ("aux", aux, "channel_scale (out)" if of_channels else "(none)", (channels,), of_channels),
         ("h", h, "(rows, rank)", (m, up.shape[1]), (torch.float32,)),
         ("up", up, "(out, rank)", (n, up.shape[1]), None),
         ("bias", bias, "(out)", (n,), None),
