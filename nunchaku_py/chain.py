@@ -88,6 +88,8 @@ def no_ending(site: QuantizedSite, ending: str, reader: QuantizedSite | None = N
         mine, its = site.linear_spec.layout, reader.linear_spec.act.layout
         if mine != its:
             return f"it is packed as '{mine}', and the linear that reads its output as '{its}'"
+        if mine == MMA and site.site.format != reader.site.format:
+            return f"it is packed for {site.site.format}, and the linear that reads its output for {reader.site.format}"
         if mine == MMA and site.linear_spec.act.format == "uint4":
             return "its input is unsigned, which the kernels of this ending do not take"
     plain, act = LINEAR_OPS[site.linear_spec.act.format], site.linear_spec.act.format

@@ -112,7 +112,7 @@ def _explain_site(site: QuantizedSite, count: int, rows: int) -> list[Explanatio
     if site.site.has_smooth:
         calls.insert(0, ops.Call(ops.quantize_act, (x, site.inv_smooth, site.branch(x.dtype)[0], spec.act)))
     found = [_explain_call(op, args, shape, count) for op, args in calls]
-    why = site.why_not_mma() if spec.act.format in ("int4", "uint4") else None
+    why = site.why_not_mma() if spec.act.format in ("int4", "uint4", "nvfp4") else None
     for explanation in found if why else ():
         explanation.refusals["cuda"] = why
     return found

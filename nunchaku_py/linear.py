@@ -259,7 +259,7 @@ class QuantizedSite(nn.Module):
         self.ensure_packed(dtype)
         _, up = self.branch(dtype)
         if self.mma_scales is not None:
-            return self.codes, self.mma_scales, up.new_empty(0), up, self.mma_bias
+            return self.codes, self.mma_scales, self._aux(up), up, self.mma_bias
         bias = self._bias()
         if self.folded_codes is not None:
             return self.folded_codes, self.folded_scales, up.new_empty(0), up, bias

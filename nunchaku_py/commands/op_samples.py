@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from ..backends.cuda.device import refuses_nvfp4
 from ..formats import group_count
 from ..ops.registry import Op
-from ..ops.spec import MMA, ROW, ActSpec, LinearSpec, padded_rows
+from ..ops.spec import MMA, ROW, ActSpec, LinearSpec, mma_scales
 
 M, K, N, R, HEAD = 128, 384, 384, 32, 64
 GROUPS = {"int4": 64, "nvfp4": 16}
@@ -17,7 +18,7 @@ ACTS = {"linear_w4a8": "int8", "linear_w4a16": "none"}  # otherwise what the fil
 def sample(op: Op, fmt: str, device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
     """Arguments of `op` for a file of format "int4" or "nvfp4", laid out as on this type of device."""
     act = next((name for prefix, name in ACTS.items() if op.name.startswith(prefix)), fmt)
-    layout = MMA if (device, fmt, act) == ("cuda", "int4", "int4") else ROW
+    layout = _layout(fmt, act, device)
     spec = _spec(op, fmt, act, layout)
     shapes = _shapes(fmt, act, N // 2 if "_glu_" in op.name else N, dtype, layout)
     if op.name == "attention":
@@ -26,6 +27,12 @@ def sample(op: Op, fmt: str, device: str, dtype: torch.dtype = torch.bfloat16) -
     tensors = [torch.zeros(shape, dtype=kind, device=device)
                for shape, kind in (shapes[p.name] for p in op.parameters if p.name != "spec")]
     return (*tensors, spec) if op.spec_class else tuple(tensors)
+
+
+def _layout(fmt: str, act: str, device: str) -> str:
+    """How a GPU's kernels for 4-bit activations want them; one that multiplies none has all in rows."""
+    packs = device == "cuda" and act == fmt and (fmt == "int4" or refuses_nvfp4(torch.device(device)) is None)
+    return MMA if packs else ROW
 
 
 def _spec(op: Op, fmt: str, act: str, layout: str) -> ActSpec | LinearSpec:
@@ -44,7 +51,7 @@ def _shapes(fmt: str, act: str, k_next: int, dtype: torch.dtype, layout: str
     """Parameter name → shape and dtype; an op's parameters are named alike everywhere."""
     fp32 = torch.float32
     scale, groups = torch.float8_e4m3fn if fmt == "nvfp4" else dtype, group_count(K, GROUPS[fmt])
-    of_x, of_w = ((groups, padded_rows(rows)) if layout == MMA else (rows, groups) for rows in (M, N))
+    of_x, of_w = (mma_scales(fmt, rows, K) if layout == MMA else (rows, groups) for rows in (M, N))
     qx, sx = {"none": (((M, K), dtype), ((0,), fp32)), "int8": (((M, K), torch.int8), ((M,), fp32))}.get(
         act, (((M, K // 2), torch.uint8), (of_x, scale)))
     return {

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..formats import Format, group_count, pack_nibbles, quantize_rows, unpack_nibbles
 from .checks import FLOATS, Expected, expect, expect_matrix, expect_that
 from .registry import Op
-from .spec import MMA, ActSpec, padded_rows
+from .spec import MMA, ActSpec, mma_scales
 
 
 def quantize_act(x: Tensor, inv_smooth: Tensor, down: Tensor, spec: ActSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,8 +46,7 @@ def empty_like_quantized(like: Tensor, m: int, k: int, down: Tensor, spec: ActSp
         return like.new_empty((m, k)), like.new_empty(0, dtype=torch.float32), h
     if not spec.fmt.packed:
         return like.new_empty((m, k), dtype=torch.int8), like.new_empty(m, dtype=torch.float32), h
-    groups = group_count(k, spec.group)
-    shape = (groups, padded_rows(m)) if spec.layout == MMA else (m, groups)
+    shape = mma_scales(spec.format, m, k) if spec.layout == MMA else (m, group_count(k, spec.group))
     scales = like.new_empty(shape, dtype=spec.fmt.scale_dtype(like.dtype))
     return like.new_empty((m, -(-k // 2)), dtype=torch.uint8), scales, h
 

@@ -17,15 +17,21 @@ WeightName = Literal["int4", "uint4", "nvfp4", "int8"]
 Norm = Literal["none", "layer", "rms"]
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
 _Spec = TypeVar("_Spec", bound="_Token")
-# Layouts of tensors: codes and scales in rows, as files hold them; or codes in rows and scales (G, padded_rows) in the
-# order in which the threads of a tensor core instruction read them (csrc/cuda/common/scales.h).
+# Layouts of tensors: codes and scales in rows, as files hold them; or codes in rows, and scales as the threads of a
+# tensor core instruction read them, which multiplies 64 inputs at a time (csrc/cuda/common/scales.h).
 ROW, MMA = "row", "mma"
-MMA_ROWS = 64
+MMA_ROWS = MMA_INPUTS = 64
 
 
 def padded_rows(rows: int) -> int:
     """How many rows the scales of an MMA layout have for so many."""
     return -(-rows // MMA_ROWS) * MMA_ROWS
+
+
+def mma_scales(format: str, rows: int, k: int) -> tuple[int, ...]:
+    """The shape of a matrix's scales in the MMA layout: of a row and 64 of its inputs one, or NVFP4's four."""
+    shape = -(-k // MMA_INPUTS), padded_rows(rows)
+    return (*shape, 4) if format == "nvfp4" else shape
 
 
 class _Token:

@@ -103,8 +103,15 @@ def as_hopper(on_hopper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterato
     yield from taken_for_gpu(monkeypatch, on_hopper, (9, 0))
 
 
+@pytest.fixture
+def as_blackwell(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """… of an RTX 50."""
+    yield from taken_for_gpu(monkeypatch, on_host, (12, 0))
+
+
 def taken_for_gpu(monkeypatch: pytest.MonkeyPatch, on_host: ModuleType, capability: tuple[int, int]) -> Iterator[None]:
-    monkeypatch.setattr(native, "module", _WithCuda(on_host.cuda, "{}{}".format(*capability)))
+    target = "{}{}".format(*capability) + ("a" if capability >= (9, 0) else "")
+    monkeypatch.setattr(native, "module", _WithCuda(on_host.cuda, target))
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "capability_of", lambda device: capability)
     asked_once = gpu.refuses_capability, gpu.refuses_driver

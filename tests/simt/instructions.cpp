@@ -20,6 +20,7 @@ const char* run_mma(Call& call, Array a, Array b, Array c, int start) {
 namespace exported {  // beside the wrappers of the same names
 FOR_EACH_MMA(EXPORT_MMA)
 EXPORT_MMA(mma_m16n8k64_nvf4)
+EXPORT_MMA(mma_m16n8k64_nvf4_selected)
 }  // namespace exported
 
 SIMT_EXPORT const char* ldmatrix(Call& call, Array in, Array x4, Array x2, Array x1) {
@@ -45,12 +46,13 @@ static dim3 blocks(size_t n) {
   return (static_cast<unsigned>(n) + 127) / 128;
 }
 
-SIMT_EXPORT const char* narrow(Call& call, Array in, Array bf16s, Array f16s, Array singles, Array e2m1) {
+SIMT_EXPORT const char* narrow(Call& call, Array in, Array bf16s, Array f16s, Array singles, Array e2m1, Array e4m3s) {
   return simt::run(call, [&] {
     const Input<float> from("in", in);
-    const Output<uint32_t> bf("bf16s", bf16s), f("f16s", f16s), one("singles", singles), four("e2m1", e2m1);
+    const Output<uint32_t> bf("bf16s", bf16s), f("f16s", f16s), one("singles", singles), four("e2m1", e2m1),
+        eight("e4m3s", e4m3s);
     launch(narrow_probe, blocks(from.size), 128, 0, nullptr, from.data(), bf.data(), f.data(), one.data(), four.data(),
-           from.size);
+           eight.data(), from.size);
   });
 }
 

@@ -64,17 +64,18 @@ void mma_from(const char* name, int (&d)[NC], const std::uint32_t (&a)[NA], cons
   mma<M, K, BITS>(name, d, a, b, decode_a, decode_b);
 }
 
-// scale_vec::4X, selectors {0, 0}: byte j of a scale register is for columns 16·j to 16·j + 15.
+// scale_vec::4X: byte j of a scale register is for columns 16·j to 16·j + 15. pair and lane: the thread selectors, of a
+// quad's pairs of lanes for A, of its lanes for B.
 inline void mma_nvf4(const char* name, float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-                     std::uint32_t scale_a, std::uint32_t scale_b) {
+                     std::uint32_t scale_a, std::uint32_t scale_b, int pair, int lane) {
   using Lane = Fragments<float, 4, 4, 2>;
-  collective_of_all(name, Lane{c, a, b, scale_a, scale_b}, [](Lane* const* lanes) {
+  collective_of_all(name, Lane{c, a, b, scale_a, scale_b}, [=](Lane* const* lanes) {
     Factors<float, 16, 64> factors;
     for (int i = 0; i < 32; ++i) factors.put<4>(i, lanes[i]->a, lanes[i]->b, e2m1_value, e2m1_value);
     for (int k = 0; k < 64; ++k) {
       const auto scale = [k](std::uint32_t scales) { return ue4m3_value(scales >> k / 16 * 8); };
-      for (int i = 0; i < 16; ++i) factors.a[i][k] *= scale(lanes[i % 8 * 4 + i / 8]->scale_a);
-      for (int j = 0; j < 8; ++j) factors.b[j][k] *= scale(lanes[j * 4]->scale_b);
+      for (int i = 0; i < 16; ++i) factors.a[i][k] *= scale(lanes[i % 8 * 4 + pair * 2 + i / 8]->scale_a);
+      for (int j = 0; j < 8; ++j) factors.b[j][k] *= scale(lanes[j * 4 + lane]->scale_b);
     }
     for (int i = 0; i < 32; ++i) factors.multiply(i, lanes[i]->c);
   });

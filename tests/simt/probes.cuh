@@ -55,7 +55,17 @@ struct probe_mma_m16n8k64_nvf4 {  // the scales come after A and B
   static constexpr int NC = 4, NA = 5, NB = 3, LEAST = 120;
   template <class C, class A, class B>
   DEVICE static void run(C& c, const A& a, const B& b, int) {
-    mma_m16n8k64_nvf4(c, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, a[4], b[2]);
+    mma_m16n8k64_nvf4<0, 0>(c, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, a[4], b[2]);
+  }
+};
+
+struct probe_mma_m16n8k64_nvf4_selected : probe_mma_m16n8k64_nvf4 {  // by pair·4 + lane
+  template <int SELECTED = 0, class C, class A, class B>
+  DEVICE static void run(C& c, const A& a, const B& b, int selected) {
+    if (selected == SELECTED)
+      mma_m16n8k64_nvf4<SELECTED / 4, SELECTED % 4>(c, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, a[4], b[2]);
+    else if constexpr (SELECTED < 7)
+      run<SELECTED + 1>(c, a, b, selected);
   }
 };
 
@@ -110,7 +120,7 @@ static __global__ void copy_probe(const uint4* in, const int* counts, uint4* out
 // ---- conversions, shuffles, approximate functions -------------------------------------------------------------------
 // Each of v, -v: packed, and one by one.
 static __global__ void narrow_probe(const float* in, uint32_t* bf16s, uint32_t* f16s, uint32_t* singles, uint32_t* e2m1,
-                                    int n) {
+                                    uint32_t* e4m3s, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const float v = ldg<float>(in + i);
@@ -118,6 +128,7 @@ static __global__ void narrow_probe(const float* in, uint32_t* bf16s, uint32_t* 
   stg(f16s + i, cvt_16bitx2<f16>(v, -v));
   stg(singles + i, uint32_t(cvt_16bit<bf16>(v)) | uint32_t(cvt_16bit<f16>(v)) << 16);
   stg(e2m1 + i, cvt_e2m1x2(v, -v));
+  stg(e4m3s + i, uint32_t(cvt_e4m3(v)) | uint32_t(cvt_e4m3(-v)) << 8);
 }
 
 // Of every pair of 16-bit numbers: as bf16, as f16; and the register as an integer.

@@ -91,23 +91,31 @@ def test_float_sums_are_rounded_once(library, name: str, truncate: bool) -> None
     assert torch.equal(got, toward_zero if truncate else nearest)
 
 
-def test_mma_nvf4(library, order: dict, rounding: dict) -> None:
-    shape = fragments.M16N8K64_4BIT
+def nvf4_operands() -> tuple[Tensor, ...]:
+    """Codes, scales and sums, of which no product rounds; and the sum."""
     a, b = random_codes("e2m1", 16, 64), random_codes("e2m1", 64, 8)
     scale_a, scale_b = torch.randint(0x28, 0x48, (16, 4)), torch.randint(0x28, 0x48, (4, 8))  # sums remain exact
     c = torch.randint(-1000, 1000, (16, 8)).float()
     value_a, value_b = (scales.to(torch.uint8).view(torch.float8_e4m3fn).double() for scales in (scale_a, scale_b))
     want = c.double() + ((DECODE["e2m1"](a) * value_a.repeat_interleave(16, 1))
                          @ (DECODE["e2m1"](b) * value_b.repeat_interleave(16, 0)))
+    return a, b, scale_a, scale_b, c, want
 
-    held_a, held_b = torch.full((32, 4), 255), torch.full((32, 4), 255)  # lanes that hold no scales have NaN
-    for g in range(8):
-        held_a[4 * g], held_a[4 * g + 1], held_b[4 * g] = scale_a[g], scale_a[g + 8], scale_b[:, g]
+
+@pytest.mark.parametrize("lane", range(4))
+@pytest.mark.parametrize("pair", range(2))
+def test_mma_nvf4(library, pair: int, lane: int, order: dict, rounding: dict) -> None:
+    """The selectors: which pair of a quad's lanes has scales of A, and which of its lanes those of B."""
+    shape = fragments.M16N8K64_4BIT
+    a, b, scale_a, scale_b, c, want = nvf4_operands()
+    held_a, held_b = torch.full((8, 4, 4), 255), torch.full((8, 4, 4), 255)  # lanes that hold no scales have NaN
+    held_a[:, 2 * pair], held_a[:, 2 * pair + 1], held_b[:, lane] = scale_a[:8], scale_a[8:], scale_b.T
     ra = torch.cat([registers(spread(a, shape.a), 4), registers(held_a, 8)], 1)
     rb = torch.cat([registers(spread(b, shape.b), 4), registers(held_b, 8)], 1)
-    got = spread(c, shape.c).contiguous()
-    library.run("mma_m16n8k64_nvf4", ra, rb, got, 0, **order, **rounding)
-    assert torch.equal(got.double(), spread(want, shape.c))
+    for name in ("mma_m16n8k64_nvf4_selected", "mma_m16n8k64_nvf4")[:1 if pair or lane else 2]:
+        got = spread(c, shape.c).contiguous()
+        library.run(name, ra, rb, got, pair * 4 + lane, **order, **rounding)
+        assert torch.equal(got.double(), spread(want, shape.c))
 
 
 def test_every_scale_of_nvf4(library) -> None:
@@ -166,12 +174,15 @@ def same_numbers(got: Tensor, want: Tensor) -> bool:
 
 def test_numbers_become_narrow(library) -> None:
     grid = torch.arange(-2048, 2048) / 256  # every tie of e2m1
+    eight = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (eight[1:] + eight[:-1]) / 2  # every tie of e4m3, and its neighbours
+    grid = torch.cat([grid, eight, middle, *(middle.nextafter(torch.tensor(to)) for to in (0.0, 999.0)), 444 + grid])
     wide = torch.randn(4000) * torch.exp2(torch.randint(-30, 20, (4000,)))
     ties = torch.cat([torch.arange(2048) * 2.0**-25, 1 + torch.arange(64) * 2.0**-11, 1 + torch.arange(64) * 2.0**-8])
     edges = torch.tensor([0.0, -0.0, 65504, 65519.99, 65520, -65536, 3.4e38, torch.inf, -torch.inf, torch.nan, 2**-126])
     x = torch.cat([grid, wide, ties, edges])
-    bf16s, f16s, singles, e2m1 = (torch.zeros(len(x), dtype=torch.int32) for _ in range(4))
-    library.run("narrow", x, bf16s, f16s, singles, e2m1)
+    bf16s, f16s, singles, e2m1, e4m3s = (torch.zeros(len(x), dtype=torch.int32) for _ in range(5))
+    library.run("narrow", x, bf16s, f16s, singles, e2m1, e4m3s)
 
     both = torch.stack([x, -x], -1)
     assert same_numbers(halves(bf16s).view(torch.bfloat16), both.bfloat16())
@@ -183,6 +194,10 @@ def test_numbers_become_narrow(library) -> None:
     values = fragments.E2M1[torch.stack([e2m1 & 15, e2m1 >> 4], -1).long()]
     assert torch.equal(values.signbit()[~x.isnan()], both.signbit()[~x.isnan()])
     assert torch.equal(values.abs(), nearest_e2m1(both.abs().nan_to_num(6)))
+
+    found = torch.stack([e4m3s & 255, e4m3s >> 8], -1)
+    want = both.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).int()
+    assert torch.equal(found, torch.where(both.isnan(), 0x7F, want))
 
 
 def nearest_e2m1(magnitudes: Tensor) -> Tensor:

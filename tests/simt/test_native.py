@@ -127,8 +127,8 @@ def test_what_the_kernels_do_not_take_is_a_sentence(device: str, change: dict, s
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    (dict(sx=(1, 4)), r"sx: expected \(groups, padded rows\) = \(1, 64\) bfloat16, got \(1, 4\)"),
-    (dict(sw=(1, 32)), r"sw: expected \(groups, padded out\) = \(1, 64\)"),
+    (dict(sx=(1, 4)), r"sx: expected \(in/64, padded rows\) = \(1, 64\) bfloat16, got \(1, 4\)"),
+    (dict(sw=(1, 32)), r"sw: expected \(in/64, padded out\) = \(1, 64\)"),
     (dict(h=(3, 16)), r"h: expected \(rows, rank\) = \(4, 16\)"),
 ])
 def test_wrong_shapes_are_sentences(device: str, wrong: dict, said: str) -> None:

@@ -121,6 +121,25 @@ DEVICE uint32_t cvt_e2m1x2(float low, float high) {
 #endif
 }
 
+// ---- to 8 bits ------------------------------------------------------------------------------------------------------
+// e4m3; beyond 448 comes 448, and NaN is 0x7f.
+DEVICE e4m3 cvt_e4m3(float v) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.f), "f"(v));
+  return e4m3(pair & 0xff);
+#else
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v), sign = bits >> 24 & 128;
+  const float magnitude = v < 0 ? -v : v;
+  if (v != v) return e4m3(0x7f);
+  if (magnitude >= 448) return e4m3(sign | 0x7e);
+  if (magnitude < 0x1p-6f)  // subnormal: added to 2¹⁴, whose last place is 2⁻⁹, it is rounded by the addition
+    return e4m3(sign | (__builtin_bit_cast(uint32_t, magnitude + 0x1p14f) - 0x46800000));
+  const uint32_t nearest = (bits & 0x7fffffff) + 0x7ffff + (bits >> 20 & 1);
+  return e4m3(sign | ((nearest >> 20) - (120 << 3)));
+#endif
+}
+
 // ---- bytes ----------------------------------------------------------------------------------------------------------
 // Four bytes of the eight of {b, a}: nibble i of `which` says which one becomes byte i, 0 being the lowest of a.
 DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t which) {

@@ -206,22 +206,33 @@ DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
   }
 }
 
-// ---- NVFP4, float sums: sm_120a and sm_121a -------------------------------------------------------------------------
+// ---- NVFP4, float sums: sm_120a, 120f and 121a
+// ----------------------------------------------------------------------- An instruction of neither plain sm_120 nor
+// sm_100a.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH_SPECIFIC__ / 100 == 12 || __CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 12
+constexpr bool MULTIPLIES_NVFP4 = TARGET >= 120;
+#else
+constexpr bool MULTIPLIES_NVFP4 = false;
+#endif
+
 // e2m1, each 16 columns of A and rows of B times a ue4m3 scale, four scales to a register, the lowest byte for the
-// first 16. Lane 4·g has those of row g of A, lane 4·g + 1 those of row g + 8; lane 4·g those of column g of B. Others
-// are not read.
-template <int SM = TARGET>
+// first 16. Of the four lanes from 4·g on, lanes 2·PAIR and 2·PAIR + 1 have those of rows g and g + 8 of A, and LANE
+// has those of column g of B; the other lanes' registers are not read. So one register of every lane serves two
+// fragments of A, or four of B.
+template <int PAIR, int LANE, int SM = TARGET>
 DEVICE void mma_m16n8k64_nvf4(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t scale_a,
                               uint32_t scale_b) {
   static_assert(SM >= 120, "mma_m16n8k64_nvf4 needs sm_120a");
+  static_assert(0 <= PAIR && PAIR < 2 && 0 <= LANE && LANE < 4, "there are two pairs of lanes, and four lanes");
 #ifndef __CUDACC__
-  simt::mma_nvf4("mma_m16n8k64_nvf4", c, a, b, scale_a, scale_b);
+  simt::mma_nvf4("mma_m16n8k64_nvf4", c, a, b, scale_a, scale_b, PAIR, LANE);
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {0, 0}, {%11}, {0, 0};"
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {0, %12}, {%11}, {0, %13};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(scale_a), "r"(scale_b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(scale_a), "r"(scale_b), "n"(PAIR),
+        "n"(LANE));
 #endif
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/linear/host.cuh"
 #include "cuda/linear_w4a4/int4.cuh"
+#include "cuda/linear_w4a4/nvfp4.cuh"
 
 namespace nunchaku_py::cuda {
 
@@ -11,6 +12,8 @@ void with_signed_numbers(Codes codes, auto body) {
   switch (codes) {
     case Codes::int4:
       return body.template operator()<Int4<T, false>>();
+    case Codes::nvfp4:
+      return body.template operator()<Nvfp4>();
     default:
       throw std::invalid_argument("this ending of linear_w4a4 takes no such codes");
   }

@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/common/convert.cuh"
 #include "cuda/common/memory.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/scales.h"
 #include "cuda/common/warp.cuh"
 
@@ -61,6 +62,8 @@ DEVICE uint32_t codes_of(const float (&x)[OWN], float scale, float lowest, float
 // INT4 in groups of 64, signed or not; scales T, (K/64, scale_rows(M)), see scale_of_row.
 template <class T>
 struct ToInt4 {
+  static constexpr bool BUILT = true;  // for every target
+
   // OWN neighbours of a row, from `column` on; all threads of a group call together, also where nothing is `inside`.
   template <int OWN>
   DEVICE static void store(const Quantizing& to, const float (&x)[OWN], int row, int column, bool inside) {
@@ -75,6 +78,39 @@ struct ToInt4 {
       stg(codes, uint2{codes_of<4, 8>(x, scale, lowest, top), codes_of<4, 8>(x, scale, lowest, top, 8)});
     if (column % GROUP == 0)
       stg(static_cast<T*>(to.sx) + size_t(column / GROUP) * scale_rows(to.M) + scale_of_row(row), stored);
+  }
+};
+
+// COUNT e2m1 of x/scale, from x[first] on, the first lowest; zero where the scale is zero or NaN. What rounds to zero
+// keeps its sign.
+template <int COUNT, int OWN>
+DEVICE uint32_t e2m1_of(const float (&x)[OWN], float scale, int first = 0) {
+  static_assert(COUNT % 2 == 0 && COUNT <= 8 && COUNT <= OWN);
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 2) codes |= cvt_e2m1x2(x[first + i] / scale, x[first + i + 1] / scale) << i * 4;
+  return scale > 0 ? codes : 0;
+}
+
+// NVFP4: e2m1 in groups of 16; scales e4m3, (K/64, scale_rows(M), 4).
+struct ToNvfp4 {
+  static constexpr bool BUILT = MULTIPLIES_NVFP4;
+  static constexpr int SHARING = 16;  // inputs that share a scale
+
+  template <int OWN>
+  DEVICE static void store(const Quantizing& to, const float (&x)[OWN], int row, int column, bool inside) {
+    const e4m3 stored = cvt_e4m3(group_top<SHARING / OWN>(x, false) / 6.f);
+    if (!inside) return;
+    const float scale = cvt_f32(stored);
+    uint8_t* const codes = to.qx + size_t(row) * (to.K / 2) + column / 2;
+    if constexpr (OWN == 4)
+      stg(codes, uint16_t(e2m1_of<4>(x, scale)));
+    else
+      stg(codes, uint2{e2m1_of<8>(x, scale), e2m1_of<8>(x, scale, 8)});
+    if (column % SHARING == 0) {
+      const size_t word = size_t(column / GROUP) * scale_rows(to.M) + row;
+      stg(static_cast<e4m3*>(to.sx) + word * 4 + column % GROUP / SHARING, stored);
+    }
   }
 };
 

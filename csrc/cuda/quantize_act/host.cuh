@@ -43,6 +43,8 @@ void launch_quantize(const QuantizeArguments& a, const Source& source) {
     case Codes::int4:
     case Codes::uint4:
       return launch_codes<T, InGroups<ToInt4<T>>>(a, source);
+    case Codes::nvfp4:
+      return launch_codes<T, InGroups<ToNvfp4>>(a, source);
     case Codes::int8:
       return launch_codes<T, InRows<false>>(a, source);
     default:

@@ -135,6 +135,8 @@ DEVICE void visit_smoothed(const uint32_t (&pairs)[2][OWN / 2], const QuantizePa
 // Codes whose scale is that of a group, which the threads at hand hold.
 template <class To>
 struct InGroups {
+  static constexpr bool BUILT = To::BUILT;
+
   template <int WARPS, class T, class Source>
   DEVICE void prepare(float*, const QuantizeParams<T>&, const Source&, int) {}
 
@@ -148,6 +150,7 @@ struct InGroups {
 // INT8 codes, whose scale is that of the row. GIVEN: who made x has left its rows' tops.
 template <bool GIVEN>
 struct InRows {
+  static constexpr bool BUILT = true;
   float scale[2];  // of rows g and g + 8
 
   template <int WARPS, class T, class Source>
@@ -219,7 +222,7 @@ DEVICE void quantize_block(const QuantizeParams<T>& p, Source& source) {
 
 template <class T, int RANKS, int WARPS, class Source, class Codes>
 __global__ void __launch_bounds__(WARPS * 32, 1) quantize_act_kernel(QuantizeParams<T> p, Source source) {
-  if constexpr (MULTIPLIES<T>) quantize_block<T, RANKS, WARPS, Source, Codes>(p, source);
+  if constexpr (MULTIPLIES<T> && Codes::BUILT) quantize_block<T, RANKS, WARPS, Source, Codes>(p, source);
 }
 
 template <int RANKS, int WARPS>

@@ -72,9 +72,13 @@ def refuses_dtype(dtype: torch.dtype, device: torch.device, oldest_bf16: int = O
 
 def refuses_nvfp4(device: torch.device) -> str | None:
     major, minor = capability_of(device)
-    if (major, minor) in NVFP4:
+    if (major, minor) not in NVFP4:
+        return f"a GPU of compute capability {major}.{minor} has no instruction for NVFP4 that these kernels use"
+    targets = native.cuda_targets()
+    if any(target[-1] in "af" and runs_on(target, (major, minor)) for target in targets):
         return None
-    return f"a GPU of compute capability {major}.{minor} has no instruction for NVFP4 that these kernels use"
+    return (f"it has NVFP4 kernels where it was built for {major}{minor}a or {major}0f, and it was built for "
+            f"{', '.join(targets)}")
 
 
 # ----------------------------------------------------------------------------------------------------- calling a kernel

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from ... import native
 from ...ops.checks import Expected, expect, expect_matrix
 from ...ops.epilogue import EPILOGUES
-from ...ops.spec import MMA, LinearSpec, padded_rows
+from ...ops.spec import MMA, LinearSpec, mma_scales
 from .device import TYPES, aligned, where
-from .numbers import CODES, GROUP
+from .numbers import CODES
 
 RANKS = 16  # the kernels multiply by so many ranks of up at a time
 _EPILOGUES = {epilogue.suffix: epilogue for epilogue in EPILOGUES}
@@ -27,7 +27,7 @@ class Linear:
     def __init__(self, args: tuple) -> None:
         (qx, sx, qw, sw, aux, h, up, bias), self.extra, self.spec = args[:8], args[8:-1], args[-1]
         if self.spec.layout == MMA:
-            expect(qx, _packed(qx, sx, qw, sw, h, up, bias, self.spec))
+            expect(qx, _packed(*args[:8], self.spec))
         h, up = whole_ranks(h, up)
         if self.spec.row_scales:
             qw, sw = expanded(qw, sw, aux, up.dtype, self.spec)
@@ -62,17 +62,20 @@ def expanded(qw: Tensor, sw: Tensor, aux: Tensor, dtype: torch.dtype, spec: Line
     return w8, aux[:n]
 
 
-def _packed(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, h: Tensor, up: Tensor, bias: Tensor, spec: LinearSpec
-            ) -> tuple[Expected, ...]:
+def _packed(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, aux: Tensor, h: Tensor, up: Tensor, bias: Tensor,
+            spec: LinearSpec) -> tuple[Expected, ...]:
     """What the layout "mma" has; ops check the others themselves."""
     for name, tensor in (("qx", qx), ("qw", qw), ("h", h), ("up", up)):
         expect_matrix(name, "of rows", tensor)
-    m, n, groups, codes = qx.shape[0], qw.shape[0], spec.k // GROUP, (torch.uint8,)
+    m, n, codes = qx.shape[0], qw.shape[0], (torch.uint8,)
+    scales, words = {"nvfp4": (torch.float8_e4m3fn, ", 4)")}.get(spec.weight, (up.dtype, ")"))
+    channels, of_channels = (n, (torch.float32,)) if spec.weight == "nvfp4" else (0, None)
     return (
         ("qx", qx, "(rows, in/2)", (m, spec.k // 2), codes),
-        ("sx", sx, "(groups, padded rows)", (groups, padded_rows(m)), (up.dtype,)),
+        ("sx", sx, "(in/64, padded rows" + words, mma_scales(spec.weight, m, spec.k), (scales,)),
         ("qw", qw, "(out, in/2)", (n, spec.k // 2), codes),
-        ("sw", sw, "(groups, padded out)", (groups, padded_rows(n)), (up.dtype,)),
+        ("sw", sw, "(in/64, padded out" + words, mma_scales(spec.weight, n, spec.k), (scales,)),
+        ("aux", aux, "channel_scale (out)" if of_channels else "(none)", (channels,), of_channels),
         ("h", h, "(rows, rank)", (m, up.shape[1]), (torch.float32,)),
         ("up", up, "(out, rank)", (n, up.shape[1]), None),
         ("bias", bias, "(out)", (n,), None),
