@@ -18,7 +18,8 @@ from benchmarks.machine import ROOT, setup_module
 from benchmarks.sass import Kernel, find_cuobjdump, kernels
 
 FLOAT = ("FFMA", "FMUL", "FADD", "IMAD")  # what the float lanes do
-PLAIN = re.compile(r"13linear_kernel.*TileILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+EEENS0_4Int4INS0_(4bf16|3f16)ELb0E.*5Store")
+PLAIN = re.compile(
+    r"13linear_kernel.*TileILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi\d+EEENS0_4Int4INS0_(4bf16|3f16)ELb0E.*5Store")
 
 
 @dataclass(frozen=True)

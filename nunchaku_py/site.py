@@ -159,8 +159,9 @@ def auto_mode(site: Site, device: torch.device) -> Mode:
 
 def auto_weights(device: torch.device) -> str:
     """GPUs of data centers have the memory for INT8 beside the codes; elsewhere expanding costs less than it frees."""
-    roomy = device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
-    return "int8" if roomy else "int4"
+    roomy = ((8, 0), (9, 0), (10, 0), (10, 3))
+    has_room = device.type == "cuda" and torch.cuda.get_device_capability(device) in roomy
+    return "int8" if has_room else "int4"
 
 
 def _native_int4(capability: tuple[int, int]) -> bool:

@@ -135,7 +135,8 @@ def objects(nvcc: str) -> list[Path]:
 
 
 # Any linear kernel of mma.sync; its warp's tile, its numbers, unsigned codes.
-LINEAR = re.compile(r"linear_\w*kernelINS0_4TileILi\d+ELi\d+ELi(\d+)ELi(\d+)ELi\d+EEENS0_4(Int4|Int8)(?:INS\w+?Lb([01])E)?")
+LINEAR = re.compile(
+    r"linear_\w*kernelINS0_4TileILi\d+ELi\d+ELi(\d+)ELi(\d+)ELi\d+EEENS0_4(Int4|Int8)(?:INS\w+?Lb([01])E)?")
 HOPPERS = re.compile(r"linear_w4a8_sm90_kernelINS0_8TileSm90ILi(\d+)E")
 ENDINGS = 5
 
@@ -196,7 +197,8 @@ def test_hopper_multiplies_by_wgmma_what_tma_brings(linears: list[Kernel]) -> No
             counts = kernel.counts()
             products = {name: count for name, count in counts.items() if name.startswith(("IGMMA", "IMMA"))}
             assert kernel.target == "90a" and products == {f"IGMMA.64x{match[1]}x32.S8.S8": 4}, kernel.name
-            assert any(name.startswith("UTMALDG.2D.MULTICAST") for name in counts) and "USETMAXREG.DEALLOC.CTAPOOL" in counts
+            assert any(name.startswith("UTMALDG.2D.MULTICAST") for name in counts)
+            assert "USETMAXREG.DEALLOC.CTAPOOL" in counts
             found[match[1]] += 1
         assert not (kernel.target == "90a" and "4Int8" in kernel.name), "Hopper has a kernel of its own"
     assert found == {"256": 2 * ENDINGS, "192": 2 * (ENDINGS - 1), "128": 2 * ENDINGS}  # heads lie in 128 columns

@@ -1,4 +1,4 @@
-"""The Hopper kernel of linear_w4a8, executed on the host with races looked for: every tile, and the ring of its stages."""
+"""The Hopper kernel of linear_w4a8, executed on the host with races looked for: every tile, and its ring."""
 from __future__ import annotations
 
 import pytest
