@@ -165,8 +165,8 @@ def auto_weights(device: torch.device) -> str:
 
 
 def _native_int4(capability: tuple[int, int]) -> bool:
-    # Later GPUs emulate s4 mma, slower than s8. A100 (8.0) has it, but by count of instructions its float lanes, which sum
-    # the groups, leave 45 % of 1248 TOPS at most; INT8, of whose 624 they take nothing, errs less.
+    # Later GPUs emulate s4 mma, slower than s8. A100 (8.0) has it, but by count of instructions its float lanes, which
+    # sum the groups, leave 45 % of 1248 TOPS at most; INT8, of whose 624 they take nothing, errs less.
     return capability in ((7, 5), (8, 6), (8, 7), (8, 9))
 
 
