@@ -59,7 +59,7 @@ DEVICE void wgmma_wait() {
 
 // … and ties D to the wait: the compiler may use a number in D before it otherwise, as nothing tells it not to.
 template <int N, int REGISTERS, bool HAS = HOPPER>
-DEVICE void wgmma_wait(int (&d)[REGISTERS]) {
+DEVICE void wgmma_wait([[maybe_unused]] int (&d)[REGISTERS]) {
   wgmma_wait<N, HAS>();
 #ifdef __CUDACC__
 #pragma unroll
