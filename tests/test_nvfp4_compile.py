@@ -14,7 +14,8 @@ from tests.test_packaging import builder
 
 PRODUCT = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"
 TO_E2M1, TO_E4M3 = "F2FP.SATFINITE.E2M1.F32", "F2FP.SATFINITE.E4M3.F32"
-SCHEDULER = 16  # cycles of a scheduler's tensor core for a product: 1676 TFLOP/s at 2.41 GHz on 170·4 of them (RTX 5090)
+# Cycles of a scheduler's tensor core for a product: 1676 TFLOP/s at 2.41 GHz on the 170·4 of an RTX 5090.
+SCHEDULER = 16
 LINEAR = re.compile(r"linear_\w*kernel.*TileILi\d+ELi\d+ELi(\d+)ELi(\d+)ELi\d+EEENS0_5Nvfp4E")
 LEAST_CODE = 100  # instructions; fewer are an empty kernel
 FILES = ("linear_w4a4", "linear_w4a4-gate_residual", "linear_w4a4-gelu_quantize", "linear_w4a4-glu_quantize",
