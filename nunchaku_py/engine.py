@@ -25,7 +25,7 @@ from .site import Site, SiteTensors
 from .split_linear import SplitLinear
 from .swap import Entry, Quantized, empty_module, module_shape
 
-A8_CHUNKS = 3  # of a weight, on which the error in a8 is measured: 1 % of the time of a calibrated linear
+A8_CHUNKS = 3  # of a weight, on which the error in a8 is measured: in 1.6 % of the time of a 3072×3072 linear
 GELU_SHIFT = 0.171875  # −min of GELU, exact in bf16: post-GELU inputs become non-negative
 Part = tuple[Unit, SiteTensors, Site]
 
