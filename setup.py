@@ -24,7 +24,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120a")
+CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120f")
 CUDA_SOURCES = (
     "csrc/cuda/device_info.cu",
     "csrc/cuda/linear_w4a8/expand.cu",

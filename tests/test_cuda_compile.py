@@ -169,7 +169,7 @@ def test_nothing_is_spilled(linears: list[Kernel]) -> None:
 
 
 @pytest.mark.parametrize(("numbers", "targets"), [
-    ("Int4", ("75", *S4_TARGETS)), ("Int8", ("75", *S4_TARGETS, "100", "120a"))])
+    ("Int4", ("75", *S4_TARGETS)), ("Int8", ("75", *S4_TARGETS, "100", "120f"))])
 def test_linears_multiply_natively(linears: list[Kernel], numbers: str, targets: tuple[str, ...]) -> None:
     """The products that there should be, and no other way to multiply integers; copies of 16 bytes. On sm_75 there is
     code for float16 and the smaller tiles."""

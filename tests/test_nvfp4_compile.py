@@ -1,4 +1,4 @@
-"""The kernels for NVFP4 as device code: the instruction and the conversions that sm_120a has for it, and no code for
+"""The kernels for NVFP4 as device code: the instruction and the conversions that sm_120f has for it, and no code for
 targets that have none."""
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def products(kernel: Kernel) -> Counter[str]:
 def test_only_targets_with_the_instruction_have_code(found: list[Kernel]) -> None:
     assert {kernel.target for kernel in found} == set(builder.CUDA_TARGETS)
     for kernel in found:
-        assert (len(kernel.code) >= LEAST_CODE) == (kernel.target == "120a"), (kernel.target, kernel.name)
+        assert (len(kernel.code) >= LEAST_CODE) == (kernel.target == "120f"), (kernel.target, kernel.name)
 
 
 def test_linears_multiply_natively_and_spill_nothing(found: list[Kernel]) -> None:
     """One product for each pair of a warp's fragments and each of a stage's two steps; copies of 16 bytes."""
     linears = 0
-    for kernel in (kernel for kernel in found if kernel.target == "120a"):
+    for kernel in (kernel for kernel in found if kernel.target == "120f"):
         assert not names(kernel, "LDL", "STL"), kernel.name
         match = LINEAR.search(kernel.name)
         if match is None:
@@ -69,7 +69,7 @@ def test_linears_multiply_natively_and_spill_nothing(found: list[Kernel]) -> Non
 
 
 def test_what_quantizes_converts_natively(found: list[Kernel]) -> None:
-    quantizing = [kernel for kernel in found if kernel.target == "120a"
+    quantizing = [kernel for kernel in found if kernel.target == "120f"
                   and ("ToNvfp4" in kernel.name or "linear_next_kernel" in kernel.name)]
     ranks, types, sources, linears = 3, 2, 1 + 2, 2 * 3 * 2
     assert len(quantizing) == ranks * types * sources + linears
@@ -80,7 +80,7 @@ def test_what_quantizes_converts_natively(found: list[Kernel]) -> None:
 def test_the_large_tile_leaves_the_tensor_cores_the_narrowest_place(found: list[Kernel]) -> None:
     """An estimate: what a scheduler issues for a product, of the cycles that the product takes."""
     for kernel in found:
-        if kernel.target == "120a" and "TileILi128" in kernel.name and "13linear_kernel" in kernel.name:
+        if kernel.target == "120f" and "TileILi128" in kernel.name and "13linear_kernel" in kernel.name:
             loop = Counter(one.kind for one in kernel.loop("OMMA"))
             assert 0 < loop.total() / loop["OMMA"] <= SCHEDULER / 4, kernel.name
 

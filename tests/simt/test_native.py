@@ -140,7 +140,7 @@ def test_wrong_shapes_are_sentences(device: str, wrong: dict, said: str) -> None
 
 @pytest.mark.parametrize(("target", "capability", "runs"), [
     ("80", (8, 0), True), ("80", (8, 9), True), ("86", (8, 0), False), ("89", (9, 0), False), ("90a", (9, 0), True),
-    ("120a", (12, 1), False), ("75", (8, 0), False)])
+    ("120a", (12, 1), False), ("120f", (12, 1), True), ("75", (8, 0), False)])
 def test_which_code_runs_where(target: str, capability: tuple[int, int], runs: bool) -> None:
     assert cuda.runs_on(target, capability) == runs
 
