@@ -13,6 +13,9 @@ from benchmarks.machine import provenance as of_the_code
 from benchmarks.quality.peers import cpu_name, installed
 
 NO_GPU = "no GPU that torch can use"
+# What torch calls a GPU → dense INT8 TOPS by its datasheet, at boost clock. Others are left open, not guessed.
+INT8_PEAK = {"NVIDIA H100 80GB HBM3": 1979.0, "NVIDIA H200": 1979.0, "NVIDIA H100 PCIe": 1513.0,
+             "NVIDIA A100-SXM4-80GB": 624.0, "NVIDIA GeForce RTX 4090": 660.6}
 
 
 @dataclass
@@ -31,8 +34,8 @@ class GpuRow:
     diffusers: str
 
     def line(self) -> str:
-        """What is this row's alone, for people."""
-        known = {field.name for field in fields(GpuRow)}
+        """What is this row's alone, for people: without every single round."""
+        known = {"rounds_ms", *(field.name for field in fields(GpuRow))}
         return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in asdict(self).items() if name not in known and value != "")
 

@@ -4,19 +4,26 @@
 #   build      the native module, for the GPU found
 #   info       what it finds
 #   tests      those that need a GPU
-#   ops        benchmark of single linears                   OUT/ops.csv
+#   ops        benchmark of single linears, and its bars     OUT/ops.csv
 #   lora       what adapters cost a linear                   OUT/lora.csv
 #   pipeline   benchmark of one step of FLUX.1               OUT/pipeline.csv
+#   sdxl       the same of SDXL's UNet                       OUT/sdxl.csv
 #   memcheck   the kernels' tests under compute-sanitizer: accesses out of bounds
 #   racecheck  the same: races in shared memory
 #
-# All of them, in this order, or those named. What is printed goes into OUT/log.txt too; its first line names the GPU,
-# the versions and the commit. What is needed: torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja,
-# pytest, and diffusers for whole models. PYTHON names the interpreter, SECONDS_IN_ALL (default 570) how long all may
-# take: a step is stopped at its own limit or at this one. A later step runs also where an earlier one failed; the exit
-# status says whether all that ran succeeded.
+# All of them, in this order, or those named. The limits of all steps are more than ten minutes together; those of these
+# two calls are not, and the second uses what the first has built:
+#
+#   benchmarks/gpu_check.sh OUT build info tests memcheck racecheck      whether it is right
+#   benchmarks/gpu_check.sh OUT2 ops lora pipeline sdxl                  how fast it is
+#
+# What is printed goes into OUT/log.txt too; its first line names the GPU, the versions and the commit. What is needed:
+# torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja, pytest, and diffusers for whole models;
+# torchao, for a contender of pipeline and sdxl that else has rows which say so. PYTHON names the interpreter,
+# SECONDS_IN_ALL (default 570) how long all may take: a step is stopped at its own limit or at this one. A later step
+# runs also where an earlier one failed; the exit status says whether all that ran succeeded.
 set -uo pipefail
-ALL="build info tests ops lora pipeline memcheck racecheck"
+ALL="build info tests ops lora pipeline sdxl memcheck racecheck"
 out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
 shift
 steps=${*:-$ALL}
@@ -75,15 +82,19 @@ sanitize() {
 check() {
   "$python" -W ignore -m benchmarks.gpu || return 1
   export NUNCHAKU_PY_CUDA=1 NUNCHAKU_PY_CUDA_TARGETS=native
-  step build 240 "$python" setup.py -q build_ext --inplace
-  step info 60 "$python" -m nunchaku_py info
-  step tests 150 "$python" -m pytest -q -m gpu
-  step ops 120 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv"
-  step lora 60 "$python" -m benchmarks.lora speed --device cuda --seconds 2 --out "$out/lora.csv"
-  step pipeline 280 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" --seconds "${PIPELINE_SECONDS:-180}"
-  sanitize memcheck 150 compiled
+  step build 220 "$python" setup.py -q build_ext --inplace
+  step info 20 "$python" -m nunchaku_py info
+  step tests 130 "$python" -m pytest -q -m gpu
+  # What each is to have done by itself comes before its limit: a compilation that has begun is finished.
+  step ops 160 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv" --seconds 130
+  step lora 50 "$python" -m benchmarks.lora speed --device cuda --seconds 2 --out "$out/lora.csv"
+  step pipeline 210 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" \
+    --seconds "${PIPELINE_SECONDS:-150}"
+  step sdxl 150 "$python" -m benchmarks.gpu_pipeline --model sdxl --out "$out/sdxl.csv" \
+    --seconds "${PIPELINE_SECONDS:-100}"
+  sanitize memcheck 100 compiled
   # Some fifty times slower: kernels of this project only, and no whole models.
-  sanitize racecheck 150 "compiled or whole_model" --kernel-regex kns=nunchaku_py
+  sanitize racecheck 100 "compiled or whole_model" --kernel-regex kns=nunchaku_py
   return $failed
 }
 

@@ -1,4 +1,4 @@
-"""FLUX.1-dev's transformer with random weights on a GPU, in bf16 and quantized, within seconds.
+"""Real architectures with random weights on a GPU, in bf16, quantized, and in FP8, within seconds.
 
 Of each kind of block `distinct` are drawn, and really quantized; the others are copies of these, in memory of their
 own. So a step reads as much as one of the real model, and the quantized model is the 4-bit version of the bf16 one.
@@ -6,15 +6,20 @@ own. So a step reads as much as one of the real model, and the quantized model i
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
 
-from benchmarks.flux_size import BF16, meta_model, random_tensor
+from benchmarks.flux_size import BF16, meta_model, random_tensor, step_inputs
+from benchmarks.shapes import CONFIGS
 from nunchaku_py.engine import Engine, jobs_of
+from nunchaku_py.models.discover import blocks_of
+from nunchaku_py.models.pattern import pattern_of
 from nunchaku_py.models.plan import plan
 from nunchaku_py.quantize import context_of
 from nunchaku_py.recipes import Recipe
@@ -25,13 +30,106 @@ DOUBLE, SINGLE = 19, 38  # blocks of FLUX.1
 TINY: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 64, "joint_attention_dim": 128, "pooled_projection_dim": 64,
     "in_channels": 16, "axes_dims_rope": (16, 24, 24), "guidance_embeds": True}
-BLOCK = re.compile(r"((?:single_)?transformer_blocks)\.(\d+)\b")
-BYTES = {"bf16": 2.0, "a4": 0.65, "a8": 1.65, "a16": 0.65}  # per parameter, branch and packed scales included
+TINY_UNET: dict[str, Any] = {
+    "block_out_channels": (64, 128, 128), "cross_attention_dim": 64, "attention_head_dim": (1, 2, 2),
+    "layers_per_block": 1, "transformer_layers_per_block": (1, 1, 2), "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 112}
+# Bytes per parameter, branch and packed scales included. fp8: the modulation's linears stay in bf16.
+BYTES = {"bf16": 2.0, "fp8": 1.3, "a4": 0.65, "a8 int8": 1.65, "a8 int4": 0.65, "a16": 0.65}
 ROOM, RESERVE = 0.92, 4e9  # of free memory; bytes for what a step computes at 1024²
 
 
+# ------------------------------------------------------------------------------------------------------- architectures
+class _Blocks:
+    """What both architectures share."""
+
+    def empty(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def block_names(self) -> list[str]:
+        """Of the model in bf16: nothing is found in blocks whose linears are quantized."""
+        model = self.empty()
+        return list(blocks_of(model, pattern_of(model)))
+
+
+@dataclass(frozen=True)
+class Flux(_Blocks):
+    """FLUX.1-dev's transformer with so many blocks of both kinds, for one image."""
+
+    double: int
+    single: int
+    text: int  # tokens of the prompt
+    config: Mapping[str, Any] = field(default_factory=dict)  # where a smaller one is wanted
+    name, batch, patterns_are_blocks = "FLUX.1", 1, True
+
+    @property
+    def blocks(self) -> str:
+        return f"{self.double}+{self.single}"
+
+    def empty(self) -> nn.Module:
+        return meta_model(self.double, self.single, **self.config)
+
+    def draw(self, name: str, shape: torch.Size, device: str) -> Tensor:
+        return random_tensor(name, shape, device)
+
+    def tokens(self, pixels: int) -> int:
+        return (pixels // 16)**2 + self.text
+
+    def inputs(self, model: nn.Module, pixels: int, device: str) -> dict[str, Any]:
+        made = step_inputs(model, (pixels // 16)**2, self.text)
+        return {name: value.to(device) for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class Sdxl(_Blocks):
+    """SDXL's UNet; a batch of 2 is one image with classifier-free guidance, as its pipeline runs it."""
+
+    batch: int
+    text: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+    name, patterns_are_blocks = "SDXL", False
+
+    @property
+    def blocks(self) -> str:
+        return str(len(self.block_names))
+
+    def empty(self) -> nn.Module:
+        with init_empty_weights():
+            return UNet2DConditionModel(**{**CONFIGS["sdxl"][1], **self.config}).bfloat16()
+
+    def draw(self, name: str, shape: torch.Size, device: str) -> Tensor:
+        """Ones for the weight of a norm, else normal, so that linears and convolutions keep the size of their input."""
+        path, _, leaf = name.rpartition(".")
+        if len(shape) == 1 and leaf == "weight" and "norm" in path.rpartition(".")[2]:
+            return torch.ones(shape, dtype=BF16, device=device)
+        fan = shape[1:].numel() if len(shape) > 1 else shape[0]
+        return torch.empty(shape, dtype=BF16, device=device).normal_(std=fan**-0.5)
+
+    def tokens(self, pixels: int) -> int:
+        """Where they are most: at 1/16 of the image."""
+        return (pixels // 16)**2
+
+    def inputs(self, model: nn.Module, pixels: int, device: str) -> dict[str, Any]:
+        config, kind = model.config, {"dtype": BF16, "device": device}
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        torch.manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(self.batch, *shape).to(**kind)
+        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * self.batch).to(**kind)
+        return {"sample": normal(config.in_channels, pixels // 8, pixels // 8),
+                "timestep": torch.tensor(500.0, device=device),
+                "encoder_hidden_states": normal(self.text, config.cross_attention_dim),
+                "added_cond_kwargs": {"text_embeds": normal(pooled), "time_ids": sizes}}
+
+
+Architecture = Flux | Sdxl
+
+
 def blocks_that_fit(free: int, kinds: Iterable[str]) -> tuple[int, int]:
-    """(double, single), as many as fit the free bytes of a GPU together in all `kinds` (keys of BYTES), never none."""
+    """(double, single) of FLUX.1, as many as fit the free bytes of a GPU together in all `kinds` (keys of BYTES), never
+    none."""
     outside, double, single = parameters()
     most = (ROOM * free - RESERVE) / sum(BYTES[kind] for kind in kinds)
     count = int((most - outside) / (double + SINGLE / DOUBLE * single))
@@ -40,7 +138,7 @@ def blocks_that_fit(free: int, kinds: Iterable[str]) -> tuple[int, int]:
 
 
 def parameters() -> tuple[int, int, int]:
-    """Of the model: outside the blocks, in a double block, in a single block."""
+    """Of FLUX.1: outside the blocks, in a double block, in a single block."""
     model = meta_model(1, 1)
     double, single = (sum(parameter.numel() for parameter in blocks.parameters())
                       for blocks in (model.transformer_blocks, model.single_transformer_blocks))
@@ -52,44 +150,79 @@ def default_mode(recipe: Recipe, device: str) -> Mode:
     return auto_mode(Site(recipe.kind, recipe.format, recipe.group or 64), torch.device(device))
 
 
+# -------------------------------------------------------------------------------------------------------------- copies
+class Sources:
+    """The name, of a module or tensor, that a name is a copy of. With `distinct` = 0 there are no copies."""
+
+    def __init__(self, model: nn.Module, distinct: int) -> None:
+        kinds: dict[tuple, list[str]] = {}
+        self.of_block: dict[str, str] = {}
+        for name, block in blocks_of(model, pattern_of(model)).items():
+            shapes = tuple(tensor.shape for tensor in block.parameters())
+            alike = kinds.setdefault((type(block), shapes), [])
+            alike.append(name)
+            self.of_block[name] = alike[(len(alike) - 1) % distinct] if distinct else name
+
+    def __call__(self, name: str) -> str:
+        block = name
+        while block and block not in self.of_block:
+            block = block.rpartition(".")[0]
+        return self.of_block[block] + name.removeprefix(block) if block else name
+
+
 @torch.no_grad()
-def random_model(double: int, single: int, distinct: int, device: str, **config: Any) -> nn.Module:
+def random_model(what: Architecture, distinct: int, device: str) -> nn.Module:
     """In bf16."""
     torch.manual_seed(0)
-    model, state = meta_model(double, single, **config), {}
-    for name, tensor in model.state_dict().items():
-        source = source_of(name, distinct)
-        state[name] = random_tensor(name, tensor.shape, device) if source == name else state[source].clone()
+    model, state = what.empty(), {}
+    source_of = Sources(model, distinct)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in sorted(shapes, key=lambda name: source_of(name) != name):  # sources come first
+        source = source_of(name)
+        state[name] = what.draw(name, shapes[name], device) if source == name else state[source].clone()
     model.load_state_dict(state, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def quantized_copy(model: nn.Module, recipe: Recipe, mode: str, distinct: int, **config: Any) -> nn.Module:
+def quantized_copy(what: Architecture, model: nn.Module, recipe: Recipe, mode: str, weights: str, distinct: int
+                   ) -> nn.Module:
     """The quantized version of a `random_model`, which stays as it is."""
     modules = dict(quantized(model, recipe, distinct))
-    made = meta_model(len(model.transformer_blocks), len(model.single_transformer_blocks), **config)
+    made = what.empty()
     rest = {name: tensor.clone() for name, tensor in model.state_dict().items()
             if name.rpartition(".")[0] not in modules}
     made.load_state_dict(rest, strict=False, assign=True)
     replace_modules(made, modules)
     prepare(made)
     for site in quantized_sites(made):
-        site.set_mode(mode)
+        site.set_mode(mode, now=False)
+        site.set_weights(weights)
     return made.to(model.device).eval().requires_grad_(False)
 
 
 def quantized(model: nn.Module, recipe: Recipe, distinct: int) -> Iterator[tuple[str, Quantized]]:
     """Name → module in place of each linear that the recipe quantizes. None is packed."""
     engine, made = Engine(recipe, context_of(recipe, BF16, seed=0)), {}
+    source_of = Sources(model, distinct)
     for job in jobs_of(plan(model, recipe.kind)):
-        if job.block == source_of(job.block, distinct):
+        if job.block == source_of(job.block):
             made |= engine.run(job, {name: model.get_submodule(name) for name in job.names}, {})[0]
         for name in job.names:
-            source = source_of(name, distinct)
+            source = source_of(name)
             yield name, made[name] if source == name else copy.deepcopy(made[source])
 
 
-def source_of(name: str, distinct: int) -> str:
-    """The name, of a module or tensor, that this one is a copy of. With `distinct` = 0 there are no copies."""
-    return BLOCK.sub(lambda found: f"{found[1]}.{int(found[2]) % distinct if distinct else found[2]}", name, count=1)
+@torch.no_grad()
+def fp8_copy(what: Architecture, model: nn.Module) -> nn.Module:
+    """By torchao: the linears whose activations ours quantizes, in FP8, with a scale for every row."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    names = {name for name, kind in plan(model).choices.items() if kind == "w4a4"}
+    made = what.empty()
+    made.load_state_dict({name: tensor if name.removesuffix(".weight") in names else tensor.clone()
+                          for name, tensor in model.state_dict().items()}, assign=True)
+    made.eval().requires_grad_(False)
+    quantize_(made, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+              filter_fn=lambda module, name: name in names)
+    return made

@@ -53,6 +53,20 @@ class Timed:
         return Spread.of(pairs) if pairs else None
 
 
+class Clock:
+    """How long a whole run may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    @property
+    def note(self) -> str:
+        return f"not reached within {self.seconds:g} s"
+
+
 class Evict:
     """Reads a buffer larger than the caches, so that the next call finds its weights in memory and not in a cache."""
 
