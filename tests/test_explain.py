@@ -22,8 +22,7 @@ def test_every_distinct_call_is_explained(model) -> None:
     for e in found:
         assert e.backend in ("cpu", "torch") and {"cuda", "triton"} <= set(e.refusals) <= {"cuda", "triton", "cpu"}
         assert ("cpu" in e.refusals) == (e.backend == "torch")
-        built = "the tensors are on cpu" if native.cuda_targets() else native.status()
-        why = built if e.op == "quantize_act" else "not built"
+        why = "the tensors are on cpu" if native.cuda_targets() else native.status()
         assert f"runs on {e.backend} — cuda: {why}; triton: not built" in str(e)
     assert "quantize_act (64x" in str(found)
 

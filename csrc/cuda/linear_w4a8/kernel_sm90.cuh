@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     linear_w4a8_sm90_kernel(const __grid_constant__ GroupSm90<T, Ending> group) {
   if constexpr (HOPPER) {
     constexpr int WIDTH = Tile::BN / PARTS_OF<Ending>;
+    static_assert(sizeof(SharedSm90<Tile>) <= SM90_MOST_SHARED, "a block has 227 KB of shared memory at most");
     SHARED_DYNAMIC(bytes);
     auto& shared = *reinterpret_cast<SharedSm90<Tile>*>(bytes);
     if (threadIdx.x == 0) make_barriers<Tile>(shared.ring);
