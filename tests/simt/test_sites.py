@@ -174,6 +174,9 @@ def test_a8_holds_its_weights_as_asked_and_computes_the_same(fmt: str) -> None:
     assert (folded.float() - exact).norm() <= 0.02 * exact.norm()
     assert (module(x.float()) - exact).norm() <= 0.02 * exact.norm()  # by other kernels
     assert torch.equal(module(x), folded)
+    half = module(x.half())  # the file's scales stay bfloat16
+    assert {one.backend for one in _explain_site(module.half(), 1, 4)} == {"cuda"}
+    assert (half.float() - exact).norm() <= 0.02 * exact.norm()
 
 
 @pytest.mark.usefixtures("as_gpu")

@@ -11,7 +11,7 @@ from ...ops.checks import short
 from ...ops.registry import Op
 from ...ops.spec import MMA, ROW, LinearSpec
 from . import endings
-from .device import refuses_device, refuses_dtype
+from .device import TYPES, refuses_device, refuses_dtype
 from .endings import Ending
 from .numbers import refuses_act, refuses_weight
 from .operands import Linear
@@ -31,7 +31,8 @@ def _refuses(qx: Tensor, sx: Tensor, qw: Tensor, sw: Tensor, *args: Tensor | Lin
     refused = refuses_device(qx) or refuses_dtype(up.dtype, qx.device) or refuses_weight(spec, qw.shape[0], qx.device)
     if refused or spec.weight != "int4":
         return refused
-    return None if sw.dtype == up.dtype else other_scales(sw, up)
+    fits = sw.dtype in TYPES if spec.row_scales else sw.dtype == up.dtype
+    return None if fits else other_scales(sw, up)
 
 
 def _refuses_signed(*args: Tensor | LinearSpec) -> str | None:

@@ -30,7 +30,7 @@ class Linear:
             expect(qx, _packed(*args[:8], self.spec))
         h, up = whole_ranks(h, up)
         if self.spec.row_scales:
-            qw, sw = expanded(qw, sw, aux, up.dtype, self.spec)
+            qw, sw = expanded(qw, sw, aux, self.spec)
         self.qx, self.sx, self.qw, self.sw, self.h, self.up = map(aligned, (qx, sx, qw, sw, h, up))
         self.aux, self.bias = aligned(aux), aligned(bias, torch.float32)
         self.m, self.n = qx.shape[0], qw.shape[0]
@@ -50,14 +50,14 @@ class Linear:
         return tensors
 
 
-def expanded(qw: Tensor, sw: Tensor, aux: Tensor, dtype: torch.dtype, spec: LinearSpec) -> tuple[Tensor, Tensor]:
+def expanded(qw: Tensor, sw: Tensor, aux: Tensor, spec: LinearSpec) -> tuple[Tensor, Tensor]:
     """(w8, s_ch) of a 4-bit weight whose s_ch stands in aux."""
     qw, sw, aux, n = aligned(qw), aligned(sw), aligned(aux), qw.shape[0]
     w8 = qw.new_empty((n, spec.k), dtype=torch.int8)
     channel_scales = aux[n:].data_ptr() if spec.weight == "nvfp4" else 0
     if w8.numel():
         native.module.cuda.expand_int8(native.module.cuda.ExpandArguments(
-            *where(qw), TYPES[dtype], CODES[spec.weight], n, spec.k, spec.group, qw.data_ptr(), sw.data_ptr(),
+            *where(qw), TYPES.get(sw.dtype, 0), CODES[spec.weight], n, spec.k, spec.group, qw.data_ptr(), sw.data_ptr(),
             aux.data_ptr(), channel_scales, w8.data_ptr()))
     return w8, aux[:n]
 
