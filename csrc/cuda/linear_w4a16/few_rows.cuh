@@ -10,7 +10,7 @@ namespace nunchaku_py::cuda {
 
 constexpr int FEW_WARPS = 4, CHANNELS = 2;
 template <int ROWS>
-constexpr int FEW_BLOCKS = ROWS == 1 ? 8 : ROWS == 2 ? 6 : 4;  // on a multiprocessor: reads under way, and registers
+constexpr int FEW_BLOCKS = ROWS == 1 ? 8 : ROWS == 2 ? 6 : 3;  // on a multiprocessor: reads under way, and registers
 
 template <class T>
 DEVICE void load_eight(float (&x)[8], const T* from) {
