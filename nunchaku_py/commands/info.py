@@ -129,13 +129,16 @@ def _shortened(names: tuple[str, ...]) -> str:
 def _modes() -> str:
     import torch
 
-    from ..site import Site, auto_mode
+    from ..site import Site, auto_mode, auto_weights
 
     sites = {"int4 file": Site("w4a4", "int4", 64), "nvfp4 file": Site("w4a4", "nvfp4", 16),
              "weight-only sites": Site("w4a16", "int4", 64)}
-    defaults = table(("device", *sites), [(name, *(auto_mode(site, torch.device(name)) for site in sites.values()))
-                                          for name in device_names()])
-    return f"{defaults}\nanother mode for a model: mode= of load and quantize, nq.set_mode(model, mode), --mode"
+    devices = [torch.device(name) for name in device_names()]
+    defaults = table(("device", *sites, "weights in a8"), [
+        (str(device), *(auto_mode(site, device) for site in sites.values()), auto_weights(device))
+        for device in devices])
+    return (f"{defaults}\nanother mode for a model: mode= of load and quantize, nq.set_mode(model, mode), --mode; "
+            "weights: nq.set_weights(model, …)")
 
 
 def _environment() -> str:

@@ -25,10 +25,10 @@ def asked_for(device: torch.device) -> bool:
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 def refuses_device(tensor: Tensor) -> str | None:
-    if not hasattr(native.module, "cuda"):
-        return native.status()
     if tensor.device.type != DEVICE:
         return f"the tensors are on {tensor.device.type}"
+    if not hasattr(native.module, "cuda"):
+        return native.status()
     return refuses_driver() or refuses_capability(capability_of(tensor.device))
 
 
