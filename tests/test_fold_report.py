@@ -141,5 +141,5 @@ def test_info_says_the_default_mode_of_every_device(capsys: pytest.CaptureFixtur
     assert main(["info"]) == 0
     said = capsys.readouterr().out
     part = said[said.index("default modes"):].splitlines()
-    assert part[1].split() == ["device", "int4", "file", "nvfp4", "file", "weight-only", "sites"]
-    assert ["cpu", "a8", "a8", "a16"] in [line.split() for line in part] and "nq.set_mode(model, mode)" in said
+    assert part[1].split() == ["device", "int4", "file", "nvfp4", "file", "weight-only", "sites", "weights", "in", "a8"]
+    assert ["cpu", "a8", "a8", "a16", "int4"] in [line.split() for line in part] and "nq.set_mode(model, mode)" in said
