@@ -24,6 +24,9 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+# Code for a whole generation lacks instructions that kernels are made of: wgmma, and products of NVFP4.
+SPECIFIC = {"90": "90a", "120": "120f", "121": "120f"}
+OLDEST_NVCC = (12, 9)
 CUDA_TARGETS = ("75", "80", "86", "89", "90a", "100", "120f")
 CUDA_SOURCES = (
     "csrc/cuda/device_info.cu",
@@ -60,9 +63,13 @@ def cuda_switch() -> str:
 
 def cuda_targets(nvcc: str) -> tuple[str, ...]:
     """The targets to build for. What was asked for by name must be possible; of the default list, what nvcc knows."""
+    if tuple(map(int, re.findall(r"\d+", nvcc_version(nvcc)) or [0])) < OLDEST_NVCC:
+        oldest = ".".join(map(str, OLDEST_NVCC))
+        raise CudaBuildError(f"{nvcc} is of CUDA {nvcc_version(nvcc)}, and {oldest} is the oldest that knows all "
+                             "instructions")
     known = set(re.findall(r"sm_(\d+)", run([nvcc, "--list-gpu-code"])))
     asked = tuple(filter(None, re.split(r"[;, ]+", os.environ.get("NUNCHAKU_PY_CUDA_TARGETS", ""))))
-    asked = native_targets() if asked == ("native",) else asked
+    asked = native_targets() if asked == ("native",) else tuple(SPECIFIC.get(target, target) for target in asked)
     unknown = [target for target in asked or CUDA_TARGETS if target.rstrip("af") not in known]
     if asked and unknown:
         raise CudaBuildError(f"NUNCHAKU_PY_CUDA_TARGETS: {nvcc} cannot compile for {', '.join(unknown)}")

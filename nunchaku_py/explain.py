@@ -19,7 +19,7 @@ from .mode_lines import mode_lines
 from .models.pattern import pattern_of
 from .module_tools import adapted_layers
 from .report import fold_lines
-from .swap import quantized_models, quantized_sites
+from .swap import quantized_components, quantized_sites
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PatternUse:
 class Explanations(list[Explanation]):
     """A list that prints one sentence a line, those of modes and of the fold before it; then those of the patterns, and
     of the adapters that are on. folds: what folding to INT8 changes in each weight that is made for 4-bit activations,
-    relative to it."""
+    relative to it; of several models with the component's name in front."""
 
     modes: list[str]
     folds: dict[str, float]
@@ -70,7 +70,8 @@ class Explanations(list[Explanation]):
 def explain(target: object, rows: int = 64) -> Explanations:
     """What each distinct call of a model's (or pipeline's) quantized linears runs on, for inputs of so many rows."""
     kinds: dict[tuple[str, int, int, str], list[QuantizedSite]] = {}
-    models = quantized_models(target)
+    components = quantized_components(target)
+    models = list(components.values())
     for site in (site for model in models for site in quantized_sites(model)):
         if not site.has_data():
             raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove offloading")
@@ -81,7 +82,8 @@ def explain(target: object, rows: int = 64) -> Explanations:
     for sites in kinds.values():
         found += _explain_site(sites[0], len(sites), rows)
     found.modes = mode_lines(models)
-    found.folds = {name: error for model in models for name, error in fold_errors(model).items()}
+    found.folds = {(f"{component}.{name}" if len(models) > 1 else name): error
+                   for component, model in components.items() for name, error in fold_errors(model).items()}
     found.patterns, found.adapters = _explain_patterns(models), _explain_adapters(models)
     return found
 

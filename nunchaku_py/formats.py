@@ -126,6 +126,11 @@ def group_top(x: Tensor, fmt: Format) -> Tensor:
     return out
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """x/by, rounded once on every device: by a number that is no tensor there, CUDA multiplies by 1/by."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale in its stored type; too large a one becomes the largest that is finite."""
     return scale.clamp(max=torch.finfo(dtype).max).to(dtype)
@@ -207,7 +212,7 @@ def _check_scales(x: Tensor, scales: Tensor, fmt: Format) -> None:
 
 def quantize_rows(x: Tensor, fmt: Format, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The dynamic rule for activations: codes (M,K) int8 and stored scales (M,G) of x (M,K), max/7, /15, /6 or /127."""
-    scales = round_scale(group_top(x.float(), fmt) / fmt.top, fmt.scale_dtype(scale_dtype))
+    scales = round_scale(divided(group_top(x.float(), fmt), fmt.top), fmt.scale_dtype(scale_dtype))
     return encode(x, scales, fmt), scales
 
 
@@ -235,7 +240,7 @@ def _fold_steps(w: Tensor, codes: Tensor, scales: Tensor, fmt: Format, channel: 
     """s_ch of some rows w."""
     top = group_top(w, INT8)[:, 0]
     if fmt.name != "nvfp4":
-        return top / INT8.top
+        return divided(top, INT8.top)
     return _best_steps(codes, scales, fmt, torch.ones_like(top) if channel is None else channel.float(), top)
 
 
@@ -246,10 +251,10 @@ def _best_steps(codes: Tensor, scales: Tensor, fmt: Format, channel: Tensor, top
     of them of three halves of it. With such a step many groups fold without error, which is worth a step a little
     larger than max/127, or a largest weight that is cut off a little: from 144 = 12·12 steps to 127. The next larger
     of both kinds competes with max/127."""
-    sizes, plain = _from_codes(codes & 7, fmt), top / INT8.top
+    sizes, plain = _from_codes(codes & 7, fmt), divided(top, INT8.top)
     best, least = plain, _fold_error(sizes, scales, fmt, channel / plain)
     for part in (1.0, 1.5):
-        step = channel * (_power_of_two_above(top / MOST_STEPS / channel / part) * part)
+        step = channel * (_power_of_two_above(divided(divided(top, MOST_STEPS) / channel, part)) * part)
         ratio = step / plain
         error = _fold_error(sizes, scales, fmt, channel / step) * (ratio * ratio)
         better = (error < least) & (step > 0) & (plain >= torch.finfo(torch.float32).tiny)

@@ -35,7 +35,7 @@ from .site import (
 from .tensor import QTensor
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DERIVED = ("inv_smooth", "folded_codes", "folded_scales", "unshift", "mma_scales", "mma_bias")
+DERIVED = ("inv_smooth", "folded_codes", "folded_scales", "unshift", "mma_scales", "kernel_bias")
 LINEAR_OPS = {"int4": ops.linear_w4a4, "uint4": ops.linear_w4a4, "nvfp4": ops.linear_w4a4,
                "int8": ops.linear_w4a8, "none": ops.linear_w4a16}
 
@@ -141,7 +141,8 @@ class QuantizedSite(nn.Module):
             self._derive("unshift", self.correction() if self.site.shift and wanted.mode != "a4" else None)
             scales = cuda.packed_scales(self.scales.data, wanted.dtype) if wanted.residency == "mma" else None
             self._derive("mma_scales", scales)
-            self._derive("mma_bias", None if scales is None else self._bias().float())
+            gpu = wanted.mode != "a16" and cuda.asked_for(self.codes.device)
+            self._derive("kernel_bias", self._bias().float() if gpu else None)
         self.input_key = self._input_key()
 
     def _wanted(self) -> Packing:
@@ -259,8 +260,8 @@ class QuantizedSite(nn.Module):
         self.ensure_packed(dtype)
         _, up = self.branch(dtype)
         if self.mma_scales is not None:
-            return self.codes, self.mma_scales, self._aux(up), up, self.mma_bias
-        bias = self._bias()
+            return self.codes, self.mma_scales, self._aux(up), up, self.kernel_bias
+        bias = self._bias() if self.kernel_bias is None else self.kernel_bias
         if self.folded_codes is not None:
             return self.folded_codes, self.folded_scales, up.new_empty(0), up, bias
         return self.codes, self.scales, self._aux(up) if self.folded_scales is None else self.folded_scales, up, bias

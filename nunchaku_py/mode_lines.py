@@ -36,4 +36,6 @@ def _choice(requested: set[str]) -> str:
     """Modulation has one mode only."""
     if not requested:
         return "there is no other"
-    return "the default here, mode= or set_mode() changes it" if requested == {"auto"} else "as asked for by mode="
+    if requested == {"auto"}:
+        return "the default here, mode= or set_mode() changes it"
+    return "in part as asked for by mode=" if "auto" in requested else "as asked for by mode="

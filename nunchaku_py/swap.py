@@ -117,13 +117,18 @@ def set_fusion(target: object, enabled: bool) -> None:
         fusion.set_enabled(model, enabled)
 
 
-def quantized_models(target: object) -> list[nn.Module]:
-    """The model itself, or those of a pipeline's that hold quantized linears."""
-    parts = [target] if isinstance(target, nn.Module) else list(getattr(target, "components", {}).values())
-    found = [part for part in parts if isinstance(part, nn.Module) and next(quantized_sites(part), None) is not None]
+def quantized_components(target: object) -> dict[str, nn.Module]:
+    """The model itself, called "", or those of a pipeline's that hold quantized linears."""
+    parts = {"": target} if isinstance(target, nn.Module) else dict(getattr(target, "components", {}))
+    found = {name: part for name, part in parts.items()
+             if isinstance(part, nn.Module) and next(quantized_sites(part), None) is not None}
     if not found:
         raise NunchakuError(f"{type(target).__name__} holds no quantized linears")
     return found
+
+
+def quantized_models(target: object) -> list[nn.Module]:
+    return list(quantized_components(target).values())
 
 
 def prepare(model: nn.Module) -> None:

@@ -198,9 +198,18 @@ def test_targets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert builder.cuda_targets(nvcc) == builder.CUDA_TARGETS
     monkeypatch.setenv("NUNCHAKU_PY_CUDA_TARGETS", "80; 90a")
     assert builder.cuda_targets(nvcc) == ("80", "90a")
+    monkeypatch.setenv("NUNCHAKU_PY_CUDA_TARGETS", "90;120")  # which would lack wgmma, and products of NVFP4
+    assert builder.cuda_targets(nvcc) == ("90a", "120f")
     monkeypatch.setenv("NUNCHAKU_PY_CUDA_TARGETS", "80;35")
     with pytest.raises(builder.CudaBuildError, match="cannot compile for 35"):
         builder.cuda_targets(nvcc)
+
+
+@needs_nvcc
+def test_an_old_nvcc_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "nvcc_version", lambda nvcc: "12.8")
+    with pytest.raises(builder.CudaBuildError, match="is of CUDA 12.8, and 12.9 is the oldest"):
+        builder.cuda_targets(builder.find_nvcc())
 
 
 def nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, says: str) -> None:

@@ -29,6 +29,7 @@ EXAMPLES = ("  nunchaku-py inspect ./FLUX.1-dev-int4\n  nunchaku-py inspect ./tr
 OURS = "nunchaku_py"
 ADAPTER = "adapter weights (LoRA or one of its relatives)"
 LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
+FOLD = "fold %"  # the column of --fold
 Row = tuple[str, ...]
 
 
@@ -54,17 +55,21 @@ def run(args: argparse.Namespace) -> int:
     check_there(path)
     if args.target is not None and not path.is_file():
         raise NunchakuError(f"--for: {path} is no LoRA file")
-    if path.is_file():
-        print(_file(path, view))
-        if args.target is not None:
-            print(coverage(path, args.target, args.verbose))
-    elif (path / "model_index.json").is_file():
-        print(_pipeline(path, view))
-    elif (path / "config.json").is_file():
-        print(_model(path, view))
-    else:
-        print(_folder_of_files(path, view))
+    said = _shown(path, view)
+    print(said)
+    if args.fold and FOLD not in said:
+        print("--fold: nothing here was quantized by this package, so nothing is folded")
+    if args.target is not None:
+        print(coverage(path, args.target, args.verbose))
     return 0
+
+
+def _shown(path: Path, view: View) -> str:
+    if path.is_file():
+        return _file(path, view)
+    if (path / "model_index.json").is_file():
+        return _pipeline(path, view)
+    return _model(path, view) if (path / "config.json").is_file() else _folder_of_files(path, view)
 
 
 def _file(path: Path, view: View) -> str:
@@ -146,7 +151,7 @@ def _ours(label: str, config: dict[str, Any], header: Header, view: View) -> str
     owners, rows = _site_rows(label, quantization.get("sites") or {}, header, folds)
     recipe = quantization.get("recipe") or "no recipe named"
     title = f"{label}: {class_name(config)}, {recipe}, computes in {quantization.get('compute_dtype')}"
-    columns = ("site", "kind", "format", "rank", "N", "K", *(("fold %",) if view.fold else ()), "bytes")
+    columns = ("site", "kind", "format", "rank", "N", "K", *((FOLD,) if view.fold else ()), "bytes")
     body = table(columns, rows) if view.every else table(("count", *columns), _alike(rows, view.fold))
     return "\n".join([title, "", body, "", *_totals(quantization, header, owners)])
 

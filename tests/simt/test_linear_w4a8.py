@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nunchaku_py import ops
+from nunchaku_py import native, ops
+from nunchaku_py.backends.cuda import device as gpu
 from nunchaku_py.formats import INT4, NVFP4
 from nunchaku_py.ops import ActSpec, LinearSpec
 from nunchaku_py.tensor import QTensor
@@ -203,3 +204,13 @@ def test_tiles_on_hopper(on_hopper: ModuleType) -> None:
     assert chosen((4608, 3072), whole_heads=True) in (128, 256)
     assert chosen((256, 3072)) == 128 == chosen((1, 3072))
     assert chosen((4096, 3072), (512, 3072)) == 192  # the text of a block beside its image
+
+
+@pytest.mark.usefixtures("as_hopper")
+def test_code_of_a_generation_is_not_taken_for_hoppers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no kernel: results would be what memory held."""
+    args = (*operands(4, 32, 64, 16), LinearSpec("int8", 0, 64, INT8))
+    assert ops.linear_w4a8.explain(*args)["cuda"] == "can run"
+    monkeypatch.setattr(native.module, "cuda_targets", "80;90")
+    gpu.refuses_capability.cache_clear()
+    assert "needs the target 90a, and it was built for 80, 90" in ops.linear_w4a8.explain(*args)["cuda"]

@@ -180,6 +180,19 @@ def test_a8_holds_its_weights_as_asked_and_computes_the_same(fmt: str) -> None:
 
 
 @pytest.mark.usefixtures("as_gpu")
+def test_a_site_with_zeros_is_folded() -> None:
+    """No kernel expands it; its INT8 weight runs on them."""
+    module, x = QuantLinear(Site("w4a4", "uint4", 64), 128, 64, False, torch.bfloat16), normal(9, 128, seed=3, size=1.0)
+    weight = QTensor.quantize(torch.randn(64, 128) / 8, module.site.weight_format)
+    for name, tensor in {**weight.tensors(), "smooth": torch.ones(128).bfloat16()}.items():
+        module.set_tensor(name, tensor)
+    module.set_mode("a8")
+    exact = x.float() @ module.effective_weight().T
+    assert (module(x).float() - exact).norm() <= 0.02 * exact.norm()
+    assert {one.backend for one in _explain_site(module, 1, 4)} == {"cuda"}
+
+
+@pytest.mark.usefixtures("as_gpu")
 def test_how_weights_are_held_is_checked() -> None:
     model = torch.nn.Sequential(int8_linear("int4", 64, 128))
     with pytest.raises(nq.NunchakuError, match="weights: expected 'auto', 'int8' or 'int4', got 'fp8'"):

@@ -206,9 +206,8 @@ DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
   }
 }
 
-// ---- NVFP4, float sums: sm_120a, 120f and 121a
-// ----------------------------------------------------------------------- An instruction of neither plain sm_120 nor
-// sm_100a.
+// ---- NVFP4, float sums ----------------------------------------------------------------------------------------------
+// An instruction of sm_120a, 120f and 121a, and of neither plain sm_120 nor sm_100a.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH_SPECIFIC__ / 100 == 12 || __CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 12
 constexpr bool MULTIPLIES_NVFP4 = TARGET >= 120;
 #else

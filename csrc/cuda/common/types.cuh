@@ -1,5 +1,5 @@
-// The 16-bit and 8-bit types of tensors, for storage: arithmetic is done in float (convert.cuh). CUDA's own have no twin on
-// hosts.
+// The 16-bit and 8-bit types of tensors, for storage: arithmetic is done in float (convert.cuh). CUDA's own have no twin
+// on hosts.
 #pragma once
 #include <cstdint>
 

@@ -1,8 +1,7 @@
 // INT4 by INT4 in groups of 64: acc[m,n] += sx[m,g]·sw[n,g]·(Σ_{k in g} qx[m,k]·qw[n,k]). A step is a group.
 //
-// The integer product starts from 0x4B400000: read as a float it is 1.5·2²³ + p, exactly, p being the sum over the
-// group
-// (|p| ≤ 64·15·8). So p·sx is one fma, and acc another: no conversion from integer, which runs at half the rate.
+// The integer product starts from 0x4B400000: read as a float it is 1.5·2²³ + p, exactly, p being the sum over
+// the group (|p| ≤ 64·15·8). So p·sx is one fma, and acc another: no conversion from integer, which runs at half the rate.
 #pragma once
 #include "cuda/common/convert.cuh"
 #include "cuda/common/mma.cuh"

@@ -21,10 +21,12 @@ struct SharedSm90 {
   static_assert(2 * Tile::BN <= SLAB_ROWS * SLAB_PITCH, "scales and bias wait in the slab");
 };
 
-// ---- y, as a thread has it: of rows `row` and row + 8, channels 8n + 2t and 8n + 2t + 1
-// ------------------------------ Scales and bias of the tile's channels, in a warp's slab until that is wanted: read
-// from global memory where they are used, they would all be under way at a time, and leave no registers for y. Zero
-// beyond the end. The second half of the channels lies `jump` further.
+// ---- y --------------------------------------------------------------------------------------------------------------
+// As a thread has it: of rows `row` and row + 8, channels 8n + 2t and 8n + 2t + 1.
+//
+// Scales and bias of the tile's channels wait in a warp's slab until that is wanted: read from global memory where they
+// are used, they would all be under way at a time, and leave no registers for y. Zero beyond the end. The second half of
+// the channels lies `jump` further.
 template <class Tile>
 DEVICE void load_channels(float* slab, const Operands& in, const float* bias, int n0) {
 #pragma unroll

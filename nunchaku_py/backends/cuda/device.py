@@ -13,6 +13,7 @@ from ...ops.registry import forced_backend
 DEVICE = "cuda"
 OLDEST, OLDEST_BF16 = 75, 80  # compute capabilities; 7.5 multiplies float16 only
 TYPES = {torch.bfloat16: 1, torch.float16: 2}
+HOPPER = (9, 0)
 NVFP4 = ((12, 0), (12, 1))  # what multiplies NVFP4 by an instruction that these kernels know
 
 
@@ -68,6 +69,13 @@ def refuses_dtype(dtype: torch.dtype, device: torch.device, oldest_bf16: int = O
         return (f"a GPU of compute capability {major}.{minor} multiplies no bfloat16: model.to(torch.float16) runs on "
                 "its kernels")
     return None
+
+
+def refuses_int8(device: torch.device) -> str | None:
+    """Hopper's kernel is made of instructions that code for its whole generation cannot have."""
+    if capability_of(device) != HOPPER or "90a" in native.cuda_targets():
+        return None
+    return f"its INT8 kernel for Hopper needs the target 90a, and it was built for {', '.join(native.cuda_targets())}"
 
 
 def refuses_nvfp4(device: torch.device) -> str | None:

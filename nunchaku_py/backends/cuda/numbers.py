@@ -14,6 +14,7 @@ CODES = {"int4": 1, "uint4": 2, "nvfp4": 3, "int8": 4}
 GROUP = 64  # inputs that share an INT4 scale, and that a warp quantizes and an instruction multiplies at a time
 CHANNELS = 16  # output channels come in multiples of it
 GROUPS = {"int4": GROUP, "uint4": GROUP, "nvfp4": 16, "int8": 0}
+EXPANDED = {"int4": 32, "nvfp4": 16}  # to INT8; weights that share a scale at least
 LONGEST = 2**16 * GROUP // 2  # inputs whose steps a kernel counts in 16 bits
 _CHANNELS = Layout("(N n:8 t:4 e:2) (G) -> G N t n e")
 _WORDS = Layout("(N n:64) (G g:4) -> G N n g")  # NVFP4: of a row, the four scales that an instruction takes
@@ -69,7 +70,7 @@ def refuses_weight(spec: LinearSpec, n: int, device: torch.device) -> str | None
     if n % CHANNELS:
         return f"it takes output channels in multiples of {CHANNELS}, not {n}"
     if spec.act.format == "int8":
-        return _refuses_expanding(spec) or refuses_act(spec.act, spec.k, device)
+        return _refuses_expanding(spec) or gpu.refuses_int8(device) or refuses_act(spec.act, spec.k, device)
     wanted = "int4" if spec.act.format == "uint4" else spec.act.format
     if spec.weight != wanted or spec.group != GROUPS[wanted]:
         return (f"with {spec.act.format} activations its weights are {wanted} in groups of {GROUPS[wanted]}, "
@@ -81,9 +82,10 @@ def _refuses_expanding(spec: LinearSpec) -> str | None:
     """Of a weight that is not INT8 yet."""
     if spec.weight == "int8":
         return None
-    if not spec.row_scales:
-        return f"it multiplies INT8 weights, and {spec.weight} ones only where the scales that they fold to are given"
-    smallest = {"int4": 32, "nvfp4": 16}[spec.weight]
+    if spec.weight not in EXPANDED or not spec.row_scales:
+        return (f"it multiplies INT8 weights, and expands to them {' and '.join(EXPANDED)} ones whose scales are "
+                f"given, not {spec.weight} ones")
+    smallest = EXPANDED[spec.weight]
     if spec.group % smallest:
         return f"it expands {spec.weight} weights in groups that are multiples of {smallest}, not {spec.group}"
     return None
