@@ -61,7 +61,7 @@ class Flux(_Blocks):
     single: int
     text: int  # tokens of the prompt
     config: Mapping[str, Any] = field(default_factory=dict)  # where a smaller one is wanted
-    name, batch, patterns_are_blocks = "FLUX.1", 1, True
+    name, batch = "FLUX.1", 1
 
     @property
     def blocks(self) -> str:
@@ -88,7 +88,7 @@ class Sdxl(_Blocks):
     batch: int
     text: int
     config: Mapping[str, Any] = field(default_factory=dict)
-    name, patterns_are_blocks = "SDXL", False
+    name = "SDXL"
 
     @property
     def blocks(self) -> str:

@@ -16,8 +16,7 @@ Attention is the same on all sides: diffusers' own, of which DIFFUSERS_ATTN_BACK
 in turn, A B C A B C …, and ratios are taken within a round. What is compiled is compiled block by block (fullgraph),
 as diffusers' compile_repeated_blocks does, so that SDXL's convolutions stay eager on all sides; bf16 eager runs again
 in these rounds. torch.compile makes graphs of ours for every block that differs from the others in its smoothing or
-branch, and gives up after eight: with copies it makes few, and the note of a row says how many. SDXL's compiled rows
-are without fused patterns, which would make of each of its 70 blocks a graph of its own.
+branch, and gives up after eight: with copies it makes few, and the note of a row says how many.
 """
 from __future__ import annotations
 

@@ -17,10 +17,7 @@ from benchmarks.contenders import BASELINE
 from benchmarks.gpu import GpuRow
 from benchmarks.gpu_models import Architecture
 from benchmarks.timing import Clock, Spread, Timed, interleave, sentence
-from nunchaku_py import fusion
 from nunchaku_py.demo.measure import relative_error
-from nunchaku_py.models.pattern import pattern_of
-from nunchaku_py.swap import quantized_sites
 
 EAGER, COMPILED = "eager", "compile"
 FP8 = "torchao fp8 row-wise"
@@ -149,15 +146,6 @@ class Contender:
             self.model, self.reason = None, sentence(refusal)
         print(f"{self.name}: {self.reason or f'made in {time.monotonic() - started:.1f} s'}", flush=True)
 
-    def fuse(self, wanted: bool) -> str:
-        """With the patterns that run modules together, or without; says so where that matters."""
-        if self.model is None or next(quantized_sites(self.model), None) is None:
-            return ""
-        fusion.remove(self.model)
-        if wanted:
-            fusion.install(self.model, pattern_of(self.model).fusions)
-        return "" if wanted else "without fused patterns: inside a block, they make of every block a graph of its own"
-
     def compile(self, names: Sequence[str], compiler: str) -> None:
         """Its blocks of these names, each by itself."""
         for block in map(self.model.get_submodule, names):
@@ -221,9 +209,8 @@ class Measuring:
             return False
         try:
             self.device.clean()
-            unfused = one.fuse(self.run == EAGER or self.what.patterns_are_blocks)
             if self.run == COMPILED:
-                self.notes[one.name] = "; ".join(filter(None, (self.compile(one), unfused)))
+                self.notes[one.name] = self.compile(one)
             rise: list[int] = []
             with self.device.peak(rise):
                 y = one.step(self.inputs, self.run)

@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -44,7 +45,12 @@ class FusedForward:
     def __init__(self, module: nn.Module, function: Callable[..., Any], enabled: bool) -> None:
         self._module, self.function, self.enabled = weakref.ref(module), function, enabled
         self.own = type(module).forward
-        self.__signature__ = inspect.signature(MethodType(type(module).forward, module))
+
+    @property
+    def forward(self) -> MethodType:
+        """What stands in the module. Of a bound method torch.compile compares the code; of anything else that is called
+        the identity, and every module would have a graph of its own."""
+        return MethodType(_entrance(type(self.module())), self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module()
@@ -78,15 +84,29 @@ def install(model: nn.Module, fusions: Iterable[Fusion]) -> None:
             _attach(module, FusedForward(module, fusion.forward, enabled))
 
 
+@cache
+def _entrance(cls: type[nn.Module]) -> Callable[..., Any]:
+    """A method of a FusedForward that looks like the class's own."""
+    def forward(fused: FusedForward, *args: Any, **kwargs: Any) -> Any:
+        return fused(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(cls.forward)
+    return forward
+
+
+def _is_forward_of(module: nn.Module, fused: FusedForward) -> bool:
+    return getattr(vars(module).get("forward"), "__self__", None) is fused
+
+
 def _attach(module: nn.Module, fused: FusedForward) -> None:
-    vars(module).update({"forward": fused, _ATTRIBUTE: fused, _REPLICATE: fused.replicate})
+    vars(module).update({"forward": fused.forward, _ATTRIBUTE: fused, _REPLICATE: fused.replicate})
 
 
 def _detach(module: nn.Module) -> None:
     fused = vars(module).pop(_ATTRIBUTE, None)
     if fused is not None:
         vars(module).pop(_REPLICATE, None)
-        if vars(module).get("forward") is fused:
+        if _is_forward_of(module, fused):
             del module.forward
 
 
@@ -111,7 +131,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
         fused = vars(module).get(_ATTRIBUTE)
         if fused is None:
             continue
-        if fused._module() is not module and vars(module).get("forward") is fused:
+        if fused._module() is not module and _is_forward_of(module, fused):
             _attach(module, FusedForward(module, fused.function, enabled))
         else:
             fused.enabled = enabled
@@ -151,7 +171,7 @@ def is_hooked(module: nn.Module) -> bool:
     if module._forward_pre_hooks or module._forward_hooks:
         return True
     forward = vars(module).get("forward")  # removing a hook leaves the class's own forward there, bound
-    return not (forward is None or type(forward) is FusedForward
+    return not (forward is None or type(getattr(forward, "__self__", None)) is FusedForward
                 or getattr(forward, "__func__", None) is type(module).forward)
 
 

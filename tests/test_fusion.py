@@ -147,7 +147,7 @@ def test_copies_run_themselves(flux: tuple, twin_of: Callable) -> None:
     assert ran(unfused(twin), inputs) == {} == ran(twin_of(unfused(twin)), inputs)
     block = copy.deepcopy(twin.transformer_blocks[0])
     del twin
-    assert block.forward._module() is block
+    assert block.forward.__self__._module() is block
 
 
 def test_models_are_freed_at_once(original: tuple) -> None:
@@ -392,3 +392,22 @@ def test_whole_models(case: str, recipe: str, mode: str) -> None:
     model = nn.Module.to(model, torch.float16)
     fused, apart = (relative(run(each, cast(inputs, torch.float16)), exact) for each in (model, unfused(model)))
     assert 0 < fused < 1.1 * apart
+
+
+@torch.no_grad()
+def test_blocks_of_one_kind_share_a_graph() -> None:
+    """Each has a feed-forward with a forward of its own, by which torch.compile must not tell them apart."""
+    model, inputs = MODELS["sdxl"]()
+    nq.quantize(model, "rtn-int4", progress=False)
+    want = model(**inputs)[0]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    blocks = [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    for block in blocks:
+        block.compile(backend=count, fullgraph=True)
+    assert torch.equal(model(**inputs)[0], want)
+    assert len(blocks) > 1 and len(graphs) == 1
