@@ -226,9 +226,10 @@ def test_processes_that_train_together_take_one_step(out: Path):
     """)
     (out / "both.py").write_text(script)
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", out / "both.py", out],
-                   check=True, capture_output=True, timeout=240, cwd=root,
-                   env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", out / "both.py", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root,
+                          env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(out / f"{part}.pt", weights_only=True) for part in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = _in_one_process()

@@ -1,6 +1,8 @@
 """Calls of the CUDA ops: operands in rows and packed, and how near a result must come."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from nunchaku_py.ops import ActSpec, LinearSpec
 from nunchaku_py.ops.spec import MMA
 from tests.simt.layouts import of_channels, of_tokens, tokens_in_rows
 
+SIZES = [(70, 384, 192, 16), (3, 768, 64, 0), (130, 384, 128, 32), (1, 384, 320, 160), (40, 384, 64, 48)]
 CODES, PACKED = ActSpec("int4", 64), ActSpec("int4", 64, layout=MMA)
 
 
@@ -48,3 +51,23 @@ def assert_same_quantized(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> 
     off = torch.minimum(torch.stack(off), 16 - torch.stack(off))
     assert off.max() <= 1 and (off > 0).double().mean() < 0.02
     torch.testing.assert_close(h, want_h, rtol=0, atol=0.02 * float(want_h.abs().amax(None)) if h.numel() else 0)
+
+
+def endings(dtype: torch.dtype, operands: Callable[..., tuple], packed: Callable[..., tuple],
+            specs: Callable[..., tuple], act: ActSpec) -> Iterator[tuple[ops.Op, list[tuple], list[tuple]]]:
+    """Every op of linear_w4a4, to some numbers: it, and the arguments of calls of SIZES, packed and in rows."""
+    norms = 1 + torch.rand(64), 1 + torch.rand(64)
+    for suffix, more_of, options in (
+            ("", lambda m, n: (), {}),
+            ("_gate_residual", lambda m, n: (torch.randn(1, n).to(dtype), torch.randn(m, n).to(dtype)), {}),
+            ("_qkv_rope", lambda m, n: (*norms, torch.rand(m, 32, 2)), {"head_dim": 64}),
+            ("_gelu_quantize", lambda m, n: (0.5 + torch.rand(n), (torch.randn(24, n) / n**0.5).to(dtype)),
+             {"activation": "gelu_tanh", "next": act}),
+            ("_glu_quantize", lambda m, n: (0.5 + torch.rand(n // 2), (torch.randn(20, n // 2) / n**0.5).to(dtype)),
+             {"activation": "silu", "next": act})):
+        rows, mma = [], []
+        for m, n, k, r in SIZES:
+            args, more, (row, pack) = operands(m, n, k, r, dtype), more_of(m, n), specs(k, **options)
+            rows.append((*args, *more, row))
+            mma.append((*packed(args), *more, pack))
+        yield ops.OPS[f"linear_w4a4{suffix}"], mma, rows

@@ -1,7 +1,7 @@
 """Several linears in one launch, and GPUs of compute capability 7.5: every ending through the CUDA backend."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,29 +11,11 @@ from torch.utils._pytree import tree_map_only
 import nunchaku_py as nq
 from nunchaku_py import ops
 from nunchaku_py.backends.cuda import linears
-from tests.simt.calls import CODES, PACKED, assert_same_quantized, operands, packed, specs
+from tests.simt.calls import CODES, PACKED, assert_same_quantized, endings, operands, packed, specs
 from tests.simt.layouts import tokens_in_rows
 from tests.simt.test_linear_w4a4_endings import assert_near
 
-
-def endings(dtype: torch.dtype) -> Iterator[tuple[ops.Op, list[tuple], list[tuple]]]:
-    """Every op of linear_w4a4: it, and the arguments of calls of different sizes, packed and in rows."""
-    sizes = [(70, 384, 192, 16), (3, 768, 64, 0), (130, 384, 128, 32), (1, 384, 320, 160), (40, 384, 64, 48)]
-    angles, norms = (lambda m: torch.rand(m, 32, 2)), (1 + torch.rand(64), 1 + torch.rand(64))
-    for suffix, more_of, options in (
-            ("", lambda m, n: (), {}),
-            ("_gate_residual", lambda m, n: (torch.randn(1, n).to(dtype), torch.randn(m, n).to(dtype)), {}),
-            ("_qkv_rope", lambda m, n: (*norms, angles(m)), {"head_dim": 64}),
-            ("_gelu_quantize", lambda m, n: (0.5 + torch.rand(n), (torch.randn(24, n) / n**0.5).to(dtype)),
-             {"activation": "gelu_tanh", "next": CODES}),
-            ("_glu_quantize", lambda m, n: (0.5 + torch.rand(n // 2), (torch.randn(24, n // 2) / n**0.5).to(dtype)),
-             {"activation": "silu", "next": CODES})):
-        rows, mma = [], []
-        for m, n, k, r in sizes:
-            args, more, (row, pack) = operands(m, n, k, r, dtype), more_of(m, n), specs(k, **options)
-            rows.append((*args, *more, row))
-            mma.append((*packed(args), *more, pack))
-        yield ops.OPS[f"linear_w4a4{suffix}"], mma, rows
+of_int4 = partial(endings, operands=operands, packed=packed, specs=specs, act=CODES)
 
 
 def written(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -56,7 +38,7 @@ def assert_as_the_reference(op: ops.Op, got: object, args: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_calls_in_one_launch(device: str, dtype: torch.dtype) -> None:
     """Image and text of a block, of any sizes: the reference's results, and the same bits every time."""
-    for op, mma, rows in endings(dtype):
+    for op, mma, rows in of_int4(dtype):
         there = [tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args) for args in mma]
         calls = [ops.Call(op, args) for args in there]
         first, again = (tree_map_only(Tensor, Tensor.cpu, ops.together(calls)) for _ in range(2))
@@ -71,8 +53,8 @@ def test_one_launch_for_what_can_share_it(monkeypatch: pytest.MonkeyPatch) -> No
     launched = linears._launch
     monkeypatch.setattr(linears, "_launch", lambda name, calls, ending: launches.append(len(calls)) or
                         launched(name, calls, ending))
-    (op, mma, _), *_ = endings(torch.bfloat16)
-    (_, half, _), *_ = endings(torch.float16)
+    (op, mma, _), *_ = of_int4(torch.bfloat16)
+    (_, half, _), *_ = of_int4(torch.float16)
     ys = ops.together([ops.Call(op, args) for args in (*mma, *half, *mma)])
     assert launches == [6, 4, 5]
     assert [y.dtype for y in ys] == [torch.bfloat16] * 5 + [torch.float16] * 5 + [torch.bfloat16] * 5
@@ -81,7 +63,7 @@ def test_one_launch_for_what_can_share_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("as_turing")
 def test_an_rtx_20_runs_every_ending_in_float16() -> None:
-    for op, mma, rows in endings(torch.float16):
+    for op, mma, rows in of_int4(torch.float16):
         for got, args in zip(ops.together([ops.Call(op, args) for args in mma]), rows, strict=True):
             assert_as_the_reference(op, got, args)
     x, inv_smooth, down = torch.randn(70, 192).half(), 0.5 + torch.rand(192), (torch.randn(40, 192) / 14).half()

@@ -2,7 +2,7 @@
 of an RTX 50, and on such a GPU where there is one."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -22,12 +22,11 @@ from nunchaku_py.ops.spec import MMA
 from nunchaku_py.site import Site
 from nunchaku_py.tensor import QTensor
 from tests.simt import test_sites
-from tests.simt.calls import run
+from tests.simt.calls import endings, run
 from tests.simt.nvfp4 import CODES, PACKED, assert_near, assert_same_quantized, bound, in_rows, operands, packed, specs
 from tests.tiny_models import MODELS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-SIZES = [(70, 384, 192, 16), (3, 768, 64, 0), (130, 384, 128, 32), (1, 384, 320, 160), (40, 384, 64, 48)]
 
 
 @pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -42,23 +41,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------ ops
-def endings(dtype: torch.dtype) -> Iterator[tuple[ops.Op, list[tuple], list[tuple]]]:
-    """Every op of linear_w4a4: it, and the arguments of calls of different sizes, packed and in rows."""
-    norms = 1 + torch.rand(64), 1 + torch.rand(64)
-    for suffix, more_of, options in (
-            ("", lambda m, n: (), {}),
-            ("_gate_residual", lambda m, n: (torch.randn(1, n).to(dtype), torch.randn(m, n).to(dtype)), {}),
-            ("_qkv_rope", lambda m, n: (*norms, torch.rand(m, 32, 2)), {"head_dim": 64}),
-            ("_gelu_quantize", lambda m, n: (0.5 + torch.rand(n), (torch.randn(24, n) / n**0.5).to(dtype)),
-             {"activation": "gelu_tanh", "next": CODES}),
-            ("_glu_quantize", lambda m, n: (0.5 + torch.rand(n // 2), (torch.randn(20, n // 2) / n**0.5).to(dtype)),
-             {"activation": "silu", "next": CODES})):
-        rows, mma = [], []
-        for m, n, k, r in SIZES:
-            args, more, (row, pack) = operands(m, n, k, r, dtype, 1 / 8), more_of(m, n), specs(k, **options)
-            rows.append((*args, *more, row))
-            mma.append((*packed(args), *more, pack))
-        yield ops.OPS[f"linear_w4a4{suffix}"], mma, rows
+of_nvfp4 = partial(endings, operands=partial(operands, branch=1 / 8), packed=packed, specs=specs, act=CODES)
 
 
 def written(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -71,7 +54,7 @@ def written(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 @DTYPES
 def test_calls_in_one_launch(device: str, dtype: torch.dtype) -> None:
     """Image and text of a block, of any sizes: the reference's results, and the same bits every time."""
-    for op, mma, rows in endings(dtype):
+    for op, mma, rows in of_nvfp4(dtype):
         there = [tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args) for args in mma]
         calls = [ops.Call(op, args) for args in there]
         first, again = (tree_map_only(Tensor, Tensor.cpu, ops.together(calls)) for _ in range(2))
