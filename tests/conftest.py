@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: a test tha
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run here, in Python
+
 torch.set_num_threads(1)  # on tensors this small, threads wait for each other far longer than they work
 
 

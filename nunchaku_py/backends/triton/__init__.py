@@ -1,0 +1,3 @@
+"""The ops by Triton kernels (kernels/), on NVIDIA GPUs from compute capability 8.0 on: everything in rows, nothing
+compiled before it is asked for.
+"""
