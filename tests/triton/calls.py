@@ -3,6 +3,87 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
+from torch import Tensor
 
-def of(target: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    yield from ()
+from nunchaku_py import ops
+from nunchaku_py.ops import ActSpec, LinearSpec
+
+Named = tuple[str, Callable[[], object]]
+M, N, K, R = 4608, 9216, 3072, 32
+ACTS = {"int4": ActSpec("int4", 64), "uint4": ActSpec("uint4", 64, 0.171875), "nvfp4": ActSpec("nvfp4", 16),
+        "int8": ActSpec("int8"), "none": ActSpec("none")}
+GROUPS = {"int4": 64, "uint4": 64, "nvfp4": 16, "int8": 0}
+ENDINGS = ("", "_gate_residual", "_qkv_rope", "_gelu_quantize", "_glu_quantize")
+
+
+def of(target: int) -> Iterator[Named]:
+    yield from linear_calls(target)
+
+
+# -------------------------------------------------------------------------------------------------------------- linears
+def linear_calls(target: int) -> Iterator[Named]:
+    """Each way to sum with each ending, in bfloat16; the plain one in float16, and for few rows, too."""
+    ways = [("linear_w4a8", "int8", "int8", "int8"), ("linear_w4a8", "int8", "int4", "int8"),
+            ("linear_w4a8", "int8", "nvfp4", "int8"), ("linear_w4a16", "none", "int4", "none"),
+            ("linear_w4a16", "none", "uint4", "none"), ("linear_w4a16", "none", "nvfp4", "none"),
+            ("linear_w4a4", "int4", "int4", "int4"), ("linear_w4a4", "uint4", "int4", "uint4")]
+    if target >= 120:
+        ways.append(("linear_w4a4", "nvfp4", "nvfp4", "nvfp4"))
+    for family, act, weight, following in ways:
+        for m in (M, 1):
+            yield linear_call(family, "", act, weight, following, m)
+        yield linear_call(family, "", act, weight, following, M, torch.float16)
+        for ending in ENDINGS[1:] if weight in ("int8", act) else ():
+            yield linear_call(family, ending, act, weight, following, M)
+
+
+def linear_call(family: str, ending: str, act: str, weight: str, following: str, m: int,
+                dtype: torch.dtype = torch.bfloat16) -> Named:
+    spec = LinearSpec(weight, GROUPS[weight], K, ACTS[act], row_scales=act == "int8" and weight != "int8")
+    args = [*activation(m, act, dtype), *weights(weight, act == "int8", dtype), torch.zeros(m, R),
+            torch.zeros(N, R, dtype=dtype), torch.zeros(N, dtype=dtype)]
+    extra, more = ended(ending, m, following, dtype)
+    op, call = ops.OPS[family + ending], (*args, *extra, LinearSpec(**{**_fields(spec), **more}))
+    name = f"{op.name}: {act} x {weight}, {m} rows, {str(dtype).removeprefix('torch.')}"
+
+    def run() -> object:
+        with ops.backend("triton"):
+            return op(*call)
+
+    return name, run
+
+
+def _fields(spec: LinearSpec) -> dict:
+    return {"weight": spec.weight, "group": spec.group, "k": spec.k, "act": spec.act, "row_scales": spec.row_scales}
+
+
+def activation(m: int, act: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if act == "none":
+        return torch.zeros(m, K, dtype=dtype), torch.zeros(0)
+    if act == "int8":
+        return torch.zeros(m, K, dtype=torch.int8), torch.zeros(m)
+    scales = torch.zeros(m, K // GROUPS[act], dtype=dtype)
+    return torch.zeros(m, K // 2, dtype=torch.uint8), scales.to(torch.float8_e4m3fn) if act == "nvfp4" else scales
+
+
+def weights(weight: str, row_scales: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    if weight == "int8":
+        return torch.zeros(N, K, dtype=torch.int8), torch.zeros(N), torch.zeros(0)
+    scales = torch.zeros(N, K // GROUPS[weight], dtype=dtype)
+    scales = scales.to(torch.float8_e4m3fn) if weight == "nvfp4" else scales
+    aux = {"uint4": scales, "nvfp4": torch.zeros(N)}.get(weight, torch.zeros(0))
+    return torch.zeros(N, K // 2, dtype=torch.uint8), scales, torch.cat((torch.zeros(N), aux)) if row_scales else aux
+
+
+def ended(ending: str, m: int, following: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict]:
+    """What an ending takes, and what the spec says of it."""
+    if ending == "_gate_residual":
+        return (torch.zeros(1, N, dtype=dtype), torch.zeros(m, N, dtype=dtype)), {}
+    if ending == "_qkv_rope":
+        return (torch.zeros(128), torch.zeros(128), torch.zeros(m, 64, 2)), {"head_dim": 128}
+    if not ending:
+        return (), {}
+    width = N // 2 if ending == "_glu_quantize" else N
+    more = {"activation": "silu" if width < N else "gelu_tanh", "next": ACTS[following]}
+    return (torch.zeros(width), torch.zeros(R, width, dtype=dtype)), more
