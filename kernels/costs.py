@@ -1,5 +1,6 @@
-"""What a launch costs by a model: how long the tensor cores and the memory take for a tile, and how many tiles follow
-each other on a processor. Estimates from data sheets: they rank configurations, a measurement decides (tuning.py).
+"""What a linear costs by a model: how long the tensor cores, the memory and its latency hold up a step along k, and how
+many tiles follow each other on a processor. Estimates from data sheets: they rank configurations, and a measurement
+(`nunchaku-py tune`) decides.
 """
 from __future__ import annotations
 
@@ -21,22 +22,34 @@ RATES = {(8, 0): Rates(2048, 11), (8, 6): Rates(512, 6), (8, 7): Rates(512, 6), 
 LIKE_ANY = Rates(1024, 4.4)
 SLOWER = {"int8": 1, "int4": 1, "uint4": 1, "nvfp4": 0.5, "none": 4}  # by the type of activations, than INT8
 BYTES = {"int8": 1, "int4": 0.5, "uint4": 0.5, "nvfp4": 0.5625, "none": 2}
-START, TURN = 1500, 40  # ticks that a tile, and that a step along k takes whatever its size
+START, TURN, LATENCY = 1500, 40, 700  # ticks: a tile's beginning and end; a step's own; from a load to its bytes
+UNHIDDEN = 0.1  # of what a step waits for, what the other things that it waits for do not hide
+CACHED = 4  # so many times faster come bytes that another block has read before
 FULL = 64 * 128  # outputs from which on a tile keeps the tensor cores of a processor busy
-REGISTERS = 65536
+REGISTERS, THREADS = 65536, 32
+SUMS_HELD = 128  # of a thread in registers; what else a loop and an ending hold, as parts of the sums
+HELD_TWICE = ("int4", "uint4")  # a group's sums beside those of all
+ALSO_HELD = {"store": 0.0, "gate": 0.0, "rope": 0.5, "activate": 0.1, "glu": 0.0}
 
 
 def linear_cost(problem: Problem, config: Config, gpu: Gpu) -> float:
-    """Ticks of problem (m, n, k, activations, weights, the fewest channels a tile may have)."""
-    m, n, k, act, weight, fewest = problem
+    """Ticks of problem (m, n, k, activations, weights, ending, the fewest channels that a tile may have)."""
+    m, n, k, act, weight, ending, fewest = problem
     shared = config.stages * config.k * (config.m * BYTES[act] + config.n * BYTES[weight])
-    if shared > gpu.shared or config.n < fewest or config.m * config.n // (32 * config.warps) > 160:
+    sums = config.m * config.n / (THREADS * config.warps)
+    held = sums * ((2 if act in HELD_TWICE else 1) + ALSO_HELD[ending])
+    if shared > gpu.shared or config.n < fewest or held > SUMS_HELD:
         return math.inf
+    resident = max(1, int(min(gpu.shared / shared, REGISTERS / (THREADS * config.warps * (held + 96)))))
+    tall, wide = blocks(m, config.m), blocks(n, config.n)
+    waves = blocks(tall * wide, gpu.processors * resident)
+    resident = min(resident, blocks(tall * wide, gpu.processors))
     rates = RATES.get(gpu.capability, LIKE_ANY)
-    resident = max(1, min(int(gpu.shared // max(shared, 1)), REGISTERS // (config.warps * 32 * 128)))
-    tiles = blocks(m, config.m) * blocks(n, config.n)
-    multiply = config.m * config.n * k * SLOWER[act] / rates.int8 * max(1.0, (FULL / (config.m * config.n)) ** 0.5 / 2)
-    read = k * (min(m, config.m) * BYTES[act] + config.n * BYTES[weight]) / rates.memory / 4  # caches give most
-    step = blocks(k, config.k) * TURN
-    waves = blocks(tiles, gpu.processors * resident)
-    return waves * (START + resident * max(multiply, read) + step)
+    multiply = config.m * config.n * config.k * SLOWER[act] / rates.int8
+    multiply *= max(1.0, (FULL / (config.m * config.n)) ** 0.5)
+    weights = config.n * BYTES[weight] / min(tall, CACHED)
+    rows = min(m, config.m) * BYTES[act] / min(wide, CACHED)
+    read = config.k * (weights + rows) / rates.memory
+    waits = resident * multiply, resident * read, LATENCY / config.stages
+    step = max(waits) + UNHIDDEN * sum(waits) + TURN
+    return waves * (START + blocks(k, config.k) * step)

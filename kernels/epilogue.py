@@ -2,7 +2,6 @@
 import triton
 import triton.language as tl
 
-from .dots import dot16
 from .numbers import quantize_groups
 
 
@@ -86,6 +85,6 @@ def quantized(z, inv_smooth, down, codes, scales, hidden, rows, columns, block, 
         rank = start + tl.arange(0, BR)
         part = tl.load(down + rank[None, :] * N + columns[:, None], mask=(rank < R)[None, :] & (columns < N)[:, None],
                        other=0)
-        sums = dot16(z, part, tl.zeros((z.shape[0], BR), tl.float32))
+        sums = tl.dot(z, part, tl.zeros((z.shape[0], BR), tl.float32))
         at = hidden + (block.to(tl.int64) * M + wide) * R + rank[None, :]
         tl.store(at, sums, mask=inside & (rank < R)[None, :])

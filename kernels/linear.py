@@ -18,7 +18,6 @@ from nunchaku_py.ops.spec import ActSpec, LinearSpec
 
 from . import epilogue, launch, linear_w4a4, linear_w4a8, linear_w4a16, quantize_act
 from .config import Choices, Config, blocks, choose
-from .dots import dot16
 from .gpu import gpu_of
 
 TOGETHER = tl.constexpr(8)  # blocks of rows that pass along the channels together, so that caches serve both
@@ -87,7 +86,7 @@ def _low_rank(acc, h, up, row, channel, R, BR: tl.constexpr):
         inside = start + rank < R
         a = tl.load(up + channel[:, None].to(tl.int64) * R + (start + rank)[None, :], mask=inside[None, :], other=0)
         b = tl.load(h + row[None, :].to(tl.int64) * R + (start + rank)[:, None], mask=inside[:, None], other=0)
-        acc = dot16(a, b.to(a.dtype), acc)
+        acc = tl.dot(a, b.to(a.dtype), acc)
     return acc
 
 
@@ -209,7 +208,7 @@ def problem_of(m: int, n: int, spec: LinearSpec, ending: str) -> tuple:
     fewest = spec.head_dim if ending == "rope" else 1
     if ending in ("activate", "glu") and spec.next.format in IN_TILE:
         fewest = spec.next.group * (2 if ending == "glu" else 1)
-    return 1 << max(m - 1, 0).bit_length(), n, spec.k, spec.act.format, spec.weight, fewest
+    return 1 << max(m - 1, 0).bit_length(), n, spec.k, spec.act.format, spec.weight, ending, fewest
 
 
 def groups_of(spec: LinearSpec) -> int:

@@ -7,7 +7,6 @@ import triton.language as tl
 from .config import Choices, Config
 from .costs import linear_cost
 from .decode import group_numbers, weights
-from .dots import dot16
 
 CHOICES = Choices("linear_w4a16", (
     Config(128, 128, 64, 8, 3), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 4, 4), Config(32, 64, 128, 4, 3),
@@ -33,7 +32,7 @@ def accumulate(qx, qw, sw, aux, rows, channels, K, HALF_K, GROUPS, EVEN: tl.cons
             values = tl.load(x, mask=(start + k < K)[:, None], other=0)
         scales = group_numbers(sw + groups, start, K, GROUP, BK, WEIGHT == "nvfp4")
         zeros = group_numbers(aux + groups, start, K, GROUP, BK, False) if WEIGHT == "uint4" else 0.0
-        acc = dot16(weights(b, scales, zeros, channel, WEIGHT).to(values.dtype), values, acc)
+        acc = tl.dot(weights(b, scales, zeros, channel, WEIGHT).to(values.dtype), values, acc)
         x += BK
         w += BK // 2
     return acc

@@ -10,10 +10,9 @@ import triton.language as tl
 from .config import Choices, Config
 from .costs import linear_cost
 from .decode import nibbles, sixteenfold
-from .dots import dot_nvfp4
 
 CHOICES = Choices("linear_w4a4", (
-    Config(128, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4),
+    Config(128, 128, 64, 8, 4), Config(64, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4),
     Config(32, 64, 64, 4, 4), Config(16, 64, 64, 4, 4),
 ), linear_cost)
 NVFP4 = Choices("linear_w4a4_nvfp4", (
@@ -49,6 +48,13 @@ def accumulate_int4(qx, sx, qw, sw, rows, channels, HALF_K, GROUPS, UNSIGNED: tl
         w += half
         x += half
     return acc
+
+
+@triton.jit
+def dot_nvfp4(a, a_scales, b, b_scales, acc):
+    """acc (fp32) + a·bᵀ of tiles (rows, k/2) of two codes a byte, and (rows, k/16) of the bits of e4m3 scales."""
+    return tl.dot_scaled(a, a_scales.to(tl.float8e4nv, bitcast=True), "e2m1",
+                         tl.trans(b), b_scales.to(tl.float8e4nv, bitcast=True), "e2m1", acc)
 
 
 @triton.jit
