@@ -12,8 +12,8 @@ from .costs import linear_cost
 from .decode import nibbles, sixteenfold
 
 CHOICES = Choices("linear_w4a4", (
-    Config(128, 128, 64, 8, 4), Config(64, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4),
-    Config(32, 64, 64, 4, 4), Config(16, 64, 64, 4, 4),
+    Config(128, 128, 64, 8, 4), Config(64, 128, 64, 8, 4), Config(64, 128, 64, 4, 4), Config(128, 64, 64, 4, 4),
+    Config(64, 64, 64, 4, 4), Config(32, 64, 64, 4, 4), Config(16, 64, 64, 4, 4),
 ), linear_cost)
 NVFP4 = Choices("linear_w4a4_nvfp4", (
     Config(128, 128, 256, 8, 2), Config(128, 128, 128, 8, 3), Config(128, 128, 128, 4, 3), Config(64, 128, 128, 4, 4),
@@ -43,7 +43,8 @@ def accumulate_int4(qx, sx, qw, sw, rows, channels, HALF_K, GROUPS, UNSIGNED: tl
         total = tl.dot(w_low, x_low, out_dtype=tl.int32)
         total = tl.dot(w_high, x_high, total, out_dtype=tl.int32)
         # The product of two 16-bit scales is exact in fp32.
-        scale = (tl.load(w_scale + group).to(tl.float32) * unit)[:, None] * tl.load(x_scale + group).to(tl.float32)[None]
+        of_weight = tl.load(w_scale + group).to(tl.float32) * unit
+        scale = of_weight[:, None] * tl.load(x_scale + group).to(tl.float32)[None, :]
         acc = tl.fma(total.to(tl.float32), scale, acc)
         w += half
         x += half

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backends import cpu, cuda
+from .backends import cpu, cuda, triton
 from .errors import NunchakuError
 from .gradient import StraightThrough, wants_gradient
 from .input_key import InputKey, digest_of, input_key
@@ -168,7 +168,8 @@ class QuantizedSite(nn.Module):
         device, offloaded = self.codes.device, is_offloaded(self)
         if not scaled.row_scales:
             return "codes"
-        if cuda.expands(scaled, self.rows_out, device, self._row_dtype()):
+        dtype = self._row_dtype()
+        if cuda.expands(scaled, self.rows_out, device, dtype) or triton.expands(scaled, device, dtype):
             wanted = auto_weights(device) if self.requested_weights == "auto" else self.requested_weights
             return "scaled" if offloaded or wanted == "int4" else "folded"
         return "scaled" if cpu.folds(scaled, device) else "codes" if offloaded else "folded"

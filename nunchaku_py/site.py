@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .backends import cuda
 from .errors import NunchakuError
 from .formats import Format, format_of, group_count
 from .ops import ActSpec, LinearSpec, linear_w4a16
@@ -147,8 +148,8 @@ class SiteTensors:
 
 
 def auto_mode(site: Site, device: torch.device) -> Mode:
-    """The activation mode a device runs fastest: 4-bit multiplications only where the hardware has them, and where they
-    are worth it."""
+    """The activation mode a device runs fastest: 4-bit multiplications only where the hardware has them, where a kernel
+    asks for them, and where they are worth it."""
     if site.kind == "w4a16":
         return "a16"
     if device.type != "cuda":
@@ -165,6 +166,9 @@ def auto_weights(device: torch.device) -> str:
 
 
 def _native_int4(capability: tuple[int, int]) -> bool:
+    # Triton has no INT4: its kernels multiply the codes as INT8, group by group, which costs more than mode a8 does.
+    if cuda.refuses_gpu(capability):
+        return False
     # Later GPUs emulate s4 mma, slower than s8. A100 (8.0) has it, but by count of instructions its float lanes, which
     # sum the groups, leave 45 % of 1248 TOPS at most; INT8, of whose 624 they take nothing, errs less.
     return capability in ((7, 5), (8, 6), (8, 7), (8, 9))

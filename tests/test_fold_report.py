@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import nunchaku_py as nq
+from nunchaku_py.backends import cuda
 from nunchaku_py.cli import main
 from nunchaku_py.fold_report import SAMPLE, fold_error, fold_errors
 from nunchaku_py.formats import INT4, NVFP4
@@ -128,6 +129,7 @@ GPUS = {(7, 5): ("a4", "a8"), (8, 0): ("a8", "a8"), (8, 6): ("a4", "a8"), (8, 9)
 @pytest.mark.parametrize("capability", GPUS)
 def test_defaults_of_gpus_are_those_of_the_page(capability, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cuda, "refuses_gpu", lambda capability: None)
     sites = Site("w4a4", "int4", 64), Site("w4a4", "nvfp4", 16)
     assert tuple(auto_mode(site, torch.device("cuda")) for site in sites) == GPUS[capability]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()
@@ -135,6 +137,12 @@ def test_defaults_of_gpus_are_those_of_the_page(capability, monkeypatch: pytest.
     name = "{}.{}".format(*capability)
     listed = [row for row in rows if len(row) == 4 and name in row[1].split(", ")]
     assert [tuple(row[2:]) for row in listed] == [GPUS[capability]]
+
+
+def test_without_a_compiled_kernel_int4_is_multiplied_in_8_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(cuda, "refuses_gpu", lambda capability: "it was not built")
+    assert auto_mode(Site("w4a4", "int4", 64), torch.device("cuda")) == "a8"
 
 
 def test_info_says_the_default_mode_of_every_device(capsys: pytest.CaptureFixture) -> None:

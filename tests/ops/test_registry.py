@@ -88,7 +88,7 @@ def test_explain_names_every_backend(fake_backend):
     args = op_args("linear_w4a8")
     answers = OPS["linear_w4a8"].explain(*args)
     assert list(answers) == ["cuda", "triton", "cpu", "torch"] and answers["cuda"] != "can run"
-    assert list(answers.values())[1:] == ["not built", "can run", "can run"]
+    assert list(answers.values())[1:] == ["the tensors are on cpu", "can run", "can run"]
     fake_backend("triton", lambda *args: "needs a GPU")
     assert OPS["linear_w4a8"].explain(*args)["triton"] == "needs a GPU"
 
@@ -121,7 +121,7 @@ def test_forcing_what_refuses_says_why(fake_backend):
     fake_backend("cuda", lambda *args: "needs a GPU")
     with backend("cuda"), pytest.raises(NunchakuError, match=r"linear_w4a8: .* \(cuda: needs a GPU\)"):
         OPS["linear_w4a8"](*args)
-    with backend("triton"), pytest.raises(NunchakuError, match=r"no backend takes this call \(triton: not built\)"):
+    with backend("triton"), pytest.raises(NunchakuError, match=r"no backend takes this call \(triton: the tensors are on cpu\)"):
         OPS["linear_w4a8"](*args)
     with pytest.raises(NunchakuError, match="got 'gpu'"), backend("gpu"):
         pass
@@ -132,7 +132,7 @@ def test_a_foreign_layout_is_refused_by_all_but_its_backend(fake_backend):
     tiles = type(spec)(spec.weight, spec.group, spec.k, ActSpec("int8", layout="tiles"), layout="tiles")
     sentence = "a tensor is laid out as 'tiles', this backend takes 'row'"
     assert OPS["linear_w4a8"].explain(*tensors, tiles)["torch"] == sentence
-    with pytest.raises(NunchakuError, match=f"triton: not built; .* torch: {sentence}"):
+    with pytest.raises(NunchakuError, match=f"triton: the tensors are on cpu; .* torch: {sentence}"):
         OPS["linear_w4a8"](*tensors, tiles)
     fake_backend("cpu", lambda *args: None, layouts=("tiles",))
     assert (OPS["linear_w4a8"](*tensors, tiles) == 7).all()

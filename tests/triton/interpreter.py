@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong or cannot do, and GPUs do: it cuts float32 to bfloat16 off instead of rounding it,
+"""What Triton's interpreter gets wrong or cannot do, and GPUs do: it cuts float32 off to bfloat16 instead of rounding,
 multiplies the bits of bfloat16 as if they were whole numbers, and has no products of NVFP4."""
 from __future__ import annotations
 

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from nunchaku_py import ops
 from nunchaku_py.backends.triton import device as gpu
-from nunchaku_py.ops import ActSpec
 from tests.backends import cpu_bounds as bounds
-from tests.backends.cpu_cases import Case, cases, gate_args, linear_args, next_args, rope_args
+from tests.backends.cpu_cases import Case, cases, gate_args, linear_args
 from tests.triton.conftest import taken_for_gpu
 
 EXAMPLES = os.environ.get("NUNCHAKU_PY_FUZZ")

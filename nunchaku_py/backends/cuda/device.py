@@ -28,9 +28,14 @@ def asked_for(device: torch.device) -> bool:
 def refuses_device(tensor: Tensor) -> str | None:
     if tensor.device.type != DEVICE:
         return f"the tensors are on {tensor.device.type}"
+    return refuses_gpu(capability_of(tensor.device))
+
+
+def refuses_gpu(capability: tuple[int, int]) -> str | None:
+    """Why none of the kernels runs on such a GPU of this machine."""
     if not hasattr(native.module, "cuda"):
         return native.status()
-    return refuses_driver() or refuses_capability(capability_of(tensor.device))
+    return refuses_driver() or refuses_capability(capability)
 
 
 @cache
