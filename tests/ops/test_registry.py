@@ -121,7 +121,7 @@ def test_forcing_what_refuses_says_why(fake_backend):
     fake_backend("cuda", lambda *args: "needs a GPU")
     with backend("cuda"), pytest.raises(NunchakuError, match=r"linear_w4a8: .* \(cuda: needs a GPU\)"):
         OPS["linear_w4a8"](*args)
-    with backend("triton"), pytest.raises(NunchakuError, match=r"no backend takes this call \(triton: the tensors are on cpu\)"):
+    with backend("triton"), pytest.raises(NunchakuError, match=r"\(triton: the tensors are on cpu\)"):
         OPS["linear_w4a8"](*args)
     with pytest.raises(NunchakuError, match="got 'gpu'"), backend("gpu"):
         pass

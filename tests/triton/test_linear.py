@@ -8,17 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 
 from nunchaku_py import ops
 from nunchaku_py.backends.triton import device as gpu
+from nunchaku_py.ops import ActSpec
 from tests.backends import cpu_bounds as bounds
-from tests.backends.cpu_cases import Case, cases, gate_args, linear_args
+from tests.backends.cpu_cases import Case, cases, gate_args, linear_args, next_args, rope_args
 from tests.triton.conftest import taken_for_gpu
 
 EXAMPLES = os.environ.get("NUNCHAKU_PY_FUZZ")
 FUZZ = settings(max_examples=int(EXAMPLES or 12), derandomize=not EXAMPLES, deadline=None, database=None,
-                suppress_health_check=list(HealthCheck))
+                suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))
 GROUPS = {"int4": (64, 128), "uint4": (64, 128), "nvfp4": (16,)}
 FAMILIES = ("linear_w4a8", "linear_w4a4", "linear_w4a16")
 SIXTEEN = (torch.bfloat16, torch.float16)
@@ -100,3 +101,68 @@ def test_gate_residual(family: str, as_gpu: None) -> None:
         bounds.assert_rounded_once(got, bounds.gate_residual(bounds.linear(*args, spec), gate, residual))
 
     fuzz(family, check)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qkv_rope(family: str, as_gpu: None) -> None:
+    """v is rounded once; q and k are the reference's ending of some y within the bounds."""
+    def check(case: Case) -> None:
+        case = replace(case, n=12 * (case.n // 12 + 1))
+        *args, spec = args_of(case)
+        extra, spec = rope_args(case), replace(spec, head_dim=4)
+        q, k, v = on_triton(family + "_qkv_rope", case, *args, *extra, spec)
+        y = bounds.linear(*args, spec)
+        bounds.assert_rounded_once(v, y.columns(slice(case.n // 3 * 2, None)))
+        for part, (got, norm) in enumerate(((q, extra[0]), (k, extra[1]))):
+            bounds.assert_rounded_once(got, turned(y.columns(slice(case.n // 3 * part, case.n // 3 * (part + 1))), norm,
+                                                   extra[2], 4, spec.eps))
+
+    fuzz(family, check)
+
+
+def turned(y: bounds.Bounded, norm: torch.Tensor, rotary: torch.Tensor, dim: int, eps: float) -> bounds.Bounded:
+    """RMSNorm of heads and RoPE in float64. What y may be off moves its head's norm by as much at most; twelve fp32
+    roundings of the norm, of its weight, of the turn."""
+    heads, slack = (t.unflatten(1, (-1, dim)) for t in (y.exact, y.slack))
+    scale = (heads.square().mean(-1, keepdim=True) + eps).rsqrt()
+    weight = norm.double().abs().expand(dim)
+    normed, off = heads * scale * norm.double(), weight * scale * (slack + slack.square().mean(-1, keepdim=True).sqrt())
+    # Where the error is not small beside the head, the norm may be anything up to its largest, √D.
+    rough = slack.amax(-1, keepdim=True) * scale > 0.01
+    off = torch.where(rough, 2 * dim**0.5 * weight.expand_as(off), 1.05 * off) + 12 * bounds.U * normed.abs()
+    angle = rotary.double()[torch.arange(len(heads)) % len(rotary)].unsqueeze(1)
+    (even, odd), (loose, other) = (t.unflatten(-1, (dim // 2, 2)).unbind(-1) for t in (normed, off))
+    cos, sin = angle.unbind(-1)
+    exact = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(1)
+    wide = torch.stack((loose * cos.abs() + other * sin.abs(), loose * sin.abs() + other * cos.abs()), -1).flatten(1)
+    pairs = torch.stack((even.abs() + odd.abs(),) * 2, -1).flatten(1)
+    head_size = y.size.unflatten(1, (-1, dim)).square().sum(-1, keepdim=True).expand(*heads.shape).flatten(1)
+    # Beside an infinity stand zeros, beside NaN nothing but NaN: which of both y is, its bounds do not know.
+    known = heads.isfinite().all(-1, keepdim=True).expand(*heads.shape).flatten(1)
+    size = torch.where(known, torch.maximum(pairs, head_size), torch.inf)
+    return bounds.Bounded(torch.where(known, exact, 0), wide + 4 * bounds.U * pairs, size)
+
+
+def quantizing_ending(family: str, ending: str, case: Case) -> None:
+    """The activated value is rounded once; what is made of it is quantize_act of that, its h summed in parts."""
+    case = replace(case, n=case.n + (case.n % 2 if ending == "_gelu_quantize" else -case.n % 4))
+    *args, spec = args_of(case)
+    width = case.n // 2 if ending == "_glu_quantize" else case.n
+    group = {"nvfp4": 16, "int8": 0, "none": 0}.get(case.next_act, 64)
+    inv_smooth, down, following = next_args(replace(case, group=group), width)
+    spec = replace(spec, activation=case.activation, gate_first=case.gate_first)
+    z, _, _ = on_triton(family + ending, case, *args, torch.ones_like(inv_smooth), down,
+                        replace(spec, next=ActSpec("none")))
+    y = bounds.linear(*args, spec)
+    bounds.assert_rounded_once(z, bounds.glu(y, case) if ending == "_glu_quantize" else
+                               bounds.activate(y, case.activation))
+    qx, sx, h = on_triton(family + ending, case, *args, inv_smooth, down, replace(spec, next=following))
+    for mine, want in zip((qx, sx), ops.quantize_act.reference(z, inv_smooth, down, following), strict=False):
+        bounds.assert_same(mine, want)
+    bounds.assert_rounded_once(h, bounds.product(z, down))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ending", ["_gelu_quantize", "_glu_quantize"])
+def test_quantizing_endings(family: str, ending: str, as_gpu: None) -> None:
+    fuzz(family, lambda case: quantizing_ending(family, ending, case))
