@@ -20,6 +20,7 @@ _PUBLIC = {
     "load": "checkpoint", "save": "checkpoint", "dequantize": "swap",
     "set_mode": "swap", "set_fusion": "swap", "set_weights": "swap",
     "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "explain",
+    "backend": "ops.registry",
     "reserve_lora": "lora.room", "compress_lora": "lora.room", "refresh_lora": "lora.room",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
