@@ -39,3 +39,4 @@ __all__ = [
 
 from ..backends import cpu as _cpu  # noqa: E402, F401  (last: they register themselves with the ops above)
 from ..backends import cuda as _cuda  # noqa: E402, F401
+from ..backends import triton as _triton  # noqa: E402, F401

@@ -1,14 +1,18 @@
 """The Triton kernels run by its interpreter on tensors of this machine, taken for those of a GPU."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from nunchaku_py.backends.triton import device as gpu
+from tests.triton import interpreter
 
 pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.correct()
 
 
 @pytest.fixture
