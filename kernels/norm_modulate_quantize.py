@@ -48,11 +48,10 @@ def mean_square(x, rows, M, K, BK: tl.constexpr):
 
 
 @triton.jit
-def of_samples(tensor, samples, ks, inside, K):
-    """Tile of modulation (B,K), fp32: of every row its own sample's; one row of it where they are all of one sample."""
-    if len(samples.shape) == 0:
-        return tl.load(tensor + samples * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
-    return tl.load(tensor + samples[:, None] * K + ks[None, :], mask=inside, other=0.0).to(tl.float32)
+def of_samples(tensor, samples, ks, K):
+    """Tile of modulation (B,K), fp32, of the samples that rows belong to: (BM, BK), or (1, BK) of the only one."""
+    at = samples[:, None] * K + ks[None, :]
+    return tl.load(tensor + at, mask=(samples[:, None] >= 0) & (ks[None, :] < K), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -61,8 +60,8 @@ def modulated(source, rows, ks, inside, K):
     x, norm_weight, scale, shift, mean, by, samples = source
     value = tl.load(x + rows[:, None] * K + ks[None, :], mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(norm_weight + ks, mask=ks < K, other=0.0).to(tl.float32)
-    grow = 1.0 + of_samples(scale, samples, ks, inside, K)
-    value = (value - mean[:, None]) * by[:, None] * weight[None, :] * grow + of_samples(shift, samples, ks, inside, K)
+    grow = 1.0 + of_samples(scale, samples, ks, K)
+    value = (value - mean[:, None]) * by[:, None] * weight[None, :] * grow + of_samples(shift, samples, ks, K)
     return tl.where(inside, value, 0.0).to(x.dtype.element_ty)
 
 
@@ -80,7 +79,7 @@ def norm_modulate_quantize_kernel(
     else:
         mean, variance = tl.zeros((BM,), tl.float32), mean_square(x, rows, M, K, BK)
     by = tl.math.div_rn(1.0, tl.math.sqrt_rn(variance + eps))
-    samples = (first if ONE_SAMPLE else rows) // rows_of_sample
+    samples = tl.minimum(first + tl.arange(0, 1 if ONE_SAMPLE else BM), M - 1) // rows_of_sample
     quantize_rows(
         modulated, (x, norm_weight, scale, shift, mean, by, samples), inv_smooth, down, qx, sx, h, act_shift, rows, M, K,
         R, codes, groups, FORMAT, GROUP, BR, BK, ALONE)

@@ -111,15 +111,15 @@ def quantize_act_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
-# n: ranks that a block makes. Small m and long k for few rows, of which every processor gets some.
+# n: ranks that a block makes. A thread has 16 elements of a tile at most: of twice as many, registers are spilled. Small m
+# and long k for few rows, of which every processor gets some.
 CONFIGS = tuple(
     Config(m, n, k, warps, stages)
-    for m, warps in ((16, 4), (32, 4), (64, 8))
+    for m, k, warps in ((16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4), (32, 128, 8), (64, 64, 8))
     for n in (16, 32, 64, 128)
-    for k in (64, 128, 256)
     for stages in (2, 3, 4)
 )
-THREADS = 2048  # that a processor runs at a time
+THREADS = 65536 // 160  # that a processor runs at a time, by their registers
 PER_PROCESSOR = 25e9  # bytes a second that a processor gets of the memory's
 LATENCY = 8e-7  # seconds until what is asked for has come
 
@@ -129,12 +129,19 @@ def cost(problem: Problem, config: Config, gpu: Gpu) -> float:
     the memory's speed if enough is under way, and what it quantizes in vain, beyond the last row, costs all the same."""
     m, k, r, group, reads = problem
     step = config.k * 2 * (config.m + (config.n if r else 0))  # bytes of x and down
-    if config.k % max(group, 1) or config.stages * step > gpu.shared or (not r and config.n > 16):
+    if not _fits(problem, config) or config.stages * step > gpu.shared:
         return float("inf")
     together = max(1, min(gpu.shared // (config.stages * step), THREADS // (config.warps * 32)))
     waves = blocks(blocks(m, config.m) * blocks(max(r, 1), config.n), gpu.processors * together)
     steps = blocks(k, config.k) * reads
     return waves * (LATENCY + steps * max(together * step / PER_PROCESSOR, LATENCY / config.stages))
+
+
+def _fits(problem: Problem, config: Config) -> bool:
+    """Whole groups; what is too odd for copies of 16 bytes passes through registers, few of it at a time."""
+    _, k, r, group, _ = problem
+    held = config.n * config.k if r and k % 8 else 0
+    return config.k % max(group, 1) == 0 and held <= 16 * 32 * config.warps and (r > 0 or config.n == 16)
 
 
 CHOICES = Choices("quantize_act", CONFIGS, cost)
