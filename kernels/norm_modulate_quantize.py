@@ -1,8 +1,8 @@
 """norm_modulate_quantize: quantize_act of norm(x)·norm_weight·(1 + scale) + shift, rounded once to x's type.
 
-A pass finds each row's mean and variance; those that follow, quantize_act's own, find the rows in the cache. Of the tiles
-that a pass goes through, each element of a tile keeps the mean of its own column of inputs and the squared distances from
-it, and these are brought together at the end: a large mean costs no digits, and x is read once.
+A pass finds each row's mean and variance; those that follow, quantize_act's own, find the rows in the cache. The pass
+keeps a mean, and the squared distances from it, for every place in a tile, of what stands there in all the row's tiles,
+and brings them together at the end: a large mean costs no digits, and x is read once.
 """
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def norm_modulate_quantize_kernel(
     by = tl.math.div_rn(1.0, tl.math.sqrt_rn(variance + eps))
     samples = tl.minimum(first + tl.arange(0, 1 if ONE_SAMPLE else BM), M - 1) // rows_of_sample
     quantize_rows(
-        modulated, (x, norm_weight, scale, shift, mean, by, samples), inv_smooth, down, qx, sx, h, act_shift, rows, M, K,
-        R, codes, groups, FORMAT, GROUP, BR, BK, ALONE)
+        modulated, (x, norm_weight, scale, shift, mean, by, samples), inv_smooth, down, qx, sx, h, act_shift, rows, M,
+        K, R, codes, groups, FORMAT, GROUP, BR, BK, ALONE)
 
 
 def norm_modulate_quantize(

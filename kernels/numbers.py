@@ -1,7 +1,7 @@
 """Codes and scales of fp32 tiles, to the bit as nunchaku_py/formats.py says: what every kernel that quantizes shares.
 
-To be launched with launch.EXACT. Divisions are rounded correctly (`/` is not, on GPUs). Floats are rounded to few bits by
-integers: GPUs before 8.9 have no conversion to e4m3, and it is the same everywhere.
+To be launched with launch.EXACT. Divisions are rounded correctly (`/` is not, on GPUs). Floats are rounded to few bits
+by integers: GPUs before 8.9 have no conversion to e4m3, and it is the same everywhere.
 """
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def e4m3_of(scale):
 
 @triton.jit
 def e4m3_value(code):
-    """fp32 of the bits of what is not negative, NaN as 480: 0.015625 is the first with eight steps of its power of two."""
+    """fp32 of the bits of what is neither negative nor NaN."""
     normal = ((code + (120 << 3)) << 20).to(tl.float32, bitcast=True)
     return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
 

@@ -1,8 +1,9 @@
 """quantize_act: codes and scales of x̂ = (x + shift)·inv_smooth, and h = x·downᵀ, from one read of x.
 
-A block takes BM rows and goes along them, BK inputs at a time. Groups lie within a tile, so one pass does; INT8's scale is
-that of the whole row, which a first pass finds, together with h: the second finds its rows in the cache. Where a block
-cannot hold all ranks of h, further blocks (second axis of the grid) make the others, and only the first ones quantize.
+A block takes BM rows and goes along them, BK inputs at a time. Groups lie within a tile, so one pass does; INT8's scale
+is that of the whole row, which a first pass finds, together with h: the second finds its rows in the cache. Where a
+block cannot hold all ranks of h, further blocks (second axis of the grid) make the others, and only the first ones
+quantize.
 """
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def quantize_rows(
     LOAD: tl.constexpr, source, inv_smooth, down, qx, sx, h, shift, rows, M, K, R, codes, groups, FORMAT: tl.constexpr,
     GROUP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ALONE: tl.constexpr
 ):
-    """qx, sx and h of some rows of what LOAD(source, …) gives. ALONE: one block makes all ranks, of which BR 0 are none."""
+    """qx, sx and h of rows of what LOAD(source, …) gives. ALONE: one block makes all ranks; BR 0: there are none."""
     BM: tl.constexpr = rows.shape[0]
     SCALE: tl.constexpr = sx.dtype.element_ty
     quantizes = True if ALONE else tl.program_id(1) == 0
@@ -111,8 +112,8 @@ def quantize_act_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
-# n: ranks that a block makes. A thread has 16 elements of a tile at most: of twice as many, registers are spilled. Small m
-# and long k for few rows, of which every processor gets some.
+# n: ranks that a block makes. A thread has 16 elements of a tile at most: of twice as many, registers are spilled. Small
+# m and long k for few rows, of which every processor gets some.
 CONFIGS = tuple(
     Config(m, n, k, warps, stages)
     for m, k, warps in ((16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4), (32, 128, 8), (64, 64, 8))
@@ -120,28 +121,30 @@ CONFIGS = tuple(
     for stages in (2, 3, 4)
 )
 THREADS = 65536 // 160  # that a processor runs at a time, by their registers
-PER_PROCESSOR = 25e9  # bytes a second that a processor gets of the memory's
+FROM_CACHE = 6e10  # bytes a second that a processor gets
+ELEMENTS = 3.5e9  # a second that a processor quantizes: it is the divisions, rounded correctly, that take long
 LATENCY = 8e-7  # seconds until what is asked for has come
 
 
 def cost(problem: Problem, config: Config, gpu: Gpu) -> float:
-    """Seconds. problem: rows, inputs, ranks, group, reads of x by a block that quantizes. A processor gets its share of
-    the memory's speed if enough is under way, and what it quantizes in vain, beyond the last row, costs all the same."""
+    """Seconds. problem: rows, inputs, ranks, group, reads of x by a block that quantizes. What is quantized in vain,
+    beyond the last row, costs all the same."""
     m, k, r, group, reads = problem
     step = config.k * 2 * (config.m + (config.n if r else 0))  # bytes of x and down
     if not _fits(problem, config) or config.stages * step > gpu.shared:
         return float("inf")
+    wanted = blocks(m, config.m) * blocks(max(r, 1), config.n)
     together = max(1, min(gpu.shared // (config.stages * step), THREADS // (config.warps * 32)))
-    waves = blocks(blocks(m, config.m) * blocks(max(r, 1), config.n), gpu.processors * together)
-    steps = blocks(k, config.k) * reads
-    return waves * (LATENCY + steps * max(together * step / PER_PROCESSOR, LATENCY / config.stages))
+    together = min(together, max(1, blocks(wanted, gpu.processors)))
+    of_step = max(together * step / FROM_CACHE, together * config.m * config.k / ELEMENTS, LATENCY / config.stages)
+    return blocks(wanted, gpu.processors * together) * (LATENCY + blocks(k, config.k) * reads * of_step)
 
 
 def _fits(problem: Problem, config: Config) -> bool:
-    """Whole groups; what is too odd for copies of 16 bytes passes through registers, few of it at a time."""
+    """Whole groups; rows too odd for copies of 16 bytes pass through registers, of which a thread has so many."""
     _, k, r, group, _ = problem
-    held = config.n * config.k if r and k % 8 else 0
-    return config.k % max(group, 1) == 0 and held <= 16 * 32 * config.warps and (r > 0 or config.n == 16)
+    held = (config.m + config.n) * config.k // (config.warps * 32)
+    return config.k % max(group, 1) == 0 and (k % 8 == 0 or held <= 24) and (r > 0 or config.n == 16)
 
 
 CHOICES = Choices("quantize_act", CONFIGS, cost)
@@ -153,7 +156,7 @@ def config_of(x: Tensor, down: Tensor, spec: ActSpec, more_reads: int = 0) -> Co
     return choose(CHOICES, (*x.shape, down.shape[0], spec.group, reads), gpu_of(x))
 
 
-# ---------------------------------------------------------------------------------------------------------- the launcher
+# -------------------------------------------------------------------------------------------------------- the launcher
 def quantize_act(
     x: Tensor, inv_smooth: Tensor, down: Tensor, spec: ActSpec, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong, put right: it keeps bfloat16 as integers of 16 bits, multiplies those in tl.dot,
+"""What Triton's interpreter gets wrong, put right: it keeps bfloat16 as integers of 16 bit, multiplies these in tl.dot,
 and cuts off where a GPU rounds.
 """
 from __future__ import annotations

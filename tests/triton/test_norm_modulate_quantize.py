@@ -1,4 +1,4 @@
-"""kernels/norm_modulate_quantize.py: the modulated value is rounded once, and what is made of it is quantize_act of it."""
+"""kernels/norm_modulate_quantize.py: the modulated value is rounded once, and the results are quantize_act of it."""
 from __future__ import annotations
 
 from dataclasses import replace
