@@ -2,23 +2,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nunchaku_py import ops
 from nunchaku_py.ops import ActSpec, LinearSpec
+from tests.ops.helpers import ACTS, ENDINGS
 
 Named = tuple[str, Callable[[], object]]
-M, N, K, R = 4608, 9216, 3072, 32
-ACTS = {"int4": ActSpec("int4", 64), "uint4": ActSpec("uint4", 64, 0.171875), "nvfp4": ActSpec("nvfp4", 16),
-        "int8": ActSpec("int8"), "none": ActSpec("none")}
+M, N, K, R = 4608, 9216, 3072, 32  # the tokens of a picture of 1024², a transformer's q, k and v, the usual rank
 GROUPS = {"int4": 64, "uint4": 64, "nvfp4": 16, "int8": 0}
-ENDINGS = ("", "_gate_residual", "_qkv_rope", "_gelu_quantize", "_glu_quantize")
 
 
 def of(target: int) -> Iterator[Named]:
+    yield from quantizing_calls()
     yield from linear_calls(target)
+
+
+# ----------------------------------------------------------------------------------------------------------- quantizing
+def quantizing_calls() -> Iterator[Named]:
+    """Of every format what is quantized as it is, and after a norm; besides, many ranks, and odd sizes."""
+    bf16, f16 = torch.bfloat16, torch.float16
+    for name, spec in ACTS.items():
+        yield f"quantize_act {name}", quantizing(spec, bf16)
+        for norm in ("layer", "rms"):
+            yield f"norm_modulate_quantize {name} {norm}", quantizing(replace(spec, norm=norm), bf16)
+    for name in ("int4", "int8"):
+        yield f"quantize_act {name} f16", quantizing(ACTS[name], f16)
+        yield f"quantize_act {name} no ranks", quantizing(ACTS[name], bf16, r=0)
+        yield f"quantize_act {name} many ranks", quantizing(ACTS[name], bf16, r=160)
+        yield f"norm_modulate_quantize {name} odd", quantizing(replace(ACTS[name], norm="layer"), bf16, 66, 331, 40)
+
+
+def quantizing(spec: ActSpec, dtype: torch.dtype, m: int = M, k: int = K, r: int = R) -> Callable[[], object]:
+    """quantize_act or norm_modulate_quantize, two samples of it."""
+    x, inv_smooth, down = torch.empty(m, k, dtype=dtype), torch.empty(k), torch.empty(r, k, dtype=dtype)
+    if spec.norm == "none":
+        return partial(_called, "quantize_act", x, inv_smooth, down, spec)
+    weight, modulation = torch.empty(k, dtype=dtype), torch.empty(2, k, dtype=dtype)
+    return partial(_called, "norm_modulate_quantize", x, weight, modulation, modulation, inv_smooth, down, spec)
+
+
+def _called(op: str, *args: object) -> object:
+    with ops.backend("triton"):
+        return ops.OPS[op](*args)
 
 
 # -------------------------------------------------------------------------------------------------------------- linears
@@ -47,11 +77,7 @@ def linear_call(family: str, ending: str, act: str, weight: str, following: str,
     op, call = ops.OPS[family + ending], (*args, *extra, LinearSpec(**{**_fields(spec), **more}))
     name = f"{op.name}: {act} x {weight}, {m} rows, {str(dtype).removeprefix('torch.')}"
 
-    def run() -> object:
-        with ops.backend("triton"):
-            return op(*call)
-
-    return name, run
+    return name, partial(_called, op.name, *call)
 
 
 def _fields(spec: LinearSpec) -> dict:

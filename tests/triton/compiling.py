@@ -62,9 +62,9 @@ def compiling(target: int, found: list[Compiled]) -> Iterator[Callable[[str], No
     """Within it launches are compiled for the target and put into `found`, under the name given last."""
     import torch
     import triton
-    from nunchaku_py.kernels import launch
 
     from nunchaku_py.backends.triton import device
+    from nunchaku_py.kernels import launch
 
     triton.runtime.driver.set_active(Target(target))
     device.DEVICE, device.capability_of = "cpu", lambda of: divmod(target, 10)

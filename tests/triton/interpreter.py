@@ -15,7 +15,6 @@ _cast, _dot, _dot_scaled = InterpreterBuilder.cast_impl, InterpreterBuilder.crea
 
 
 def teach() -> None:
-    """Once a process; harmless where kernels are compiled."""
     InterpreterBuilder.cast_impl = cast
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import nunchaku_py as nq
 from nunchaku_py.linear import QuantizedSite
@@ -14,7 +13,8 @@ SITES = {"quantize_act", "linear_w4a4", "linear_w4a8", "linear_w4a16"}
 
 @pytest.mark.parametrize("name, recipe, mode, weights", [
     ("flux", "svdquant-int4", "a8", "int8"), ("flux", "svdquant-nvfp4", "a8", "int4"),
-    ("flux", "svdquant-int4", "a4", "auto"), ("flux", "svdquant-nvfp4", "a4", "auto"), ("sdxl", "svdquant-int4", "a16", "auto")])
+    ("flux", "svdquant-int4", "a4", "auto"), ("flux", "svdquant-nvfp4", "a4", "auto"),
+    ("sdxl", "svdquant-int4", "a16", "auto")])
 @pytest.mark.parametrize("where", ["as_blackwell", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_a_whole_model_runs_on_the_kernels(name: str, recipe: str, mode: str, weights: str, where: str,
                                            request: pytest.FixtureRequest) -> None:
