@@ -14,6 +14,7 @@ from .backends import cuda
 from .errors import NunchakuError
 from .formats import Format, format_of, group_count
 from .ops import ActSpec, LinearSpec, linear_w4a16
+from .ops.registry import own_choice
 from .ops.spec import MMA
 from .tensor import QTensor
 
@@ -184,6 +185,7 @@ def shift_correction(weight: QTensor, smooth: torch.Tensor, shift: float) -> tor
     inverse = (1.0 / smooth.float()).unsqueeze(0)
     spec = LinearSpec(fmt.name, fmt.group, weight.k, ActSpec("none", fmt.group))
     aux = next((t for t in (weight.zeros, weight.channel_scale) if t is not None), inverse.new_empty(0))
-    sums = linear_w4a16(inverse, inverse.new_empty(0), weight.codes, weight.scales, aux, inverse.new_empty(1, 0),
-                        inverse.new_empty(n, 0), inverse.new_zeros(n), spec)
+    with own_choice():  # in fp32, which kernels of GPUs do not take
+        sums = linear_w4a16(inverse, inverse.new_empty(0), weight.codes, weight.scales, aux, inverse.new_empty(1, 0),
+                            inverse.new_empty(n, 0), inverse.new_zeros(n), spec)
     return shift * sums[0]

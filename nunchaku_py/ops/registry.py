@@ -16,6 +16,7 @@ from .spec import ActSpec, LinearSpec
 
 ORDER = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT = "NUNCHAKU_PY_BACKEND"
+_NONE = ""
 OPS: dict[str, Op] = {}
 _LIBRARY = torch.library.Library("nunchaku_py", "DEF")
 _SPECS = {"ActSpec": ActSpec, "LinearSpec": LinearSpec}
@@ -44,6 +45,16 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextmanager
+def own_choice() -> Iterator[None]:
+    """Within it ops choose their backend whatever is asked for: for what is derived once from weights."""
+    token = _forced.set(_NONE)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def _known(name: str) -> str:
     if name not in ORDER:
         raise NunchakuError(f"backend: expected one of {', '.join(ORDER)}, got {name!r}")
@@ -51,8 +62,10 @@ def _known(name: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by `with backend(…)`, else by the environment, else None."""
-    name = _forced.get() or os.environ.get(ENVIRONMENT)
+    """The backend asked for: by `with backend(…)`, else by the environment; None if there is none."""
+    name = _forced.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT)
     return _known(name) if name else None
 
 

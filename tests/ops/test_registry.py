@@ -5,7 +5,7 @@ import torch
 from nunchaku_py import ops
 from nunchaku_py.errors import NunchakuError
 from nunchaku_py.ops import OPS, ActSpec, backend
-from nunchaku_py.ops.registry import Backend
+from nunchaku_py.ops.registry import Backend, own_choice
 from tests.ops.helpers import ACTS_OF, ENDINGS, SHAPES, op_args
 
 LINEARS = [family + ending for family in ACTS_OF for ending in ENDINGS]
@@ -125,6 +125,16 @@ def test_forcing_what_refuses_says_why(fake_backend):
         OPS["linear_w4a8"](*args)
     with pytest.raises(NunchakuError, match="got 'gpu'"), backend("gpu"):
         pass
+
+
+def test_own_choice_is_free_of_what_is_asked_for(fake_backend, monkeypatch):
+    args = op_args("linear_w4a8")
+    fake_backend("cpu", lambda *args: None)
+    monkeypatch.setenv("NUNCHAKU_PY_BACKEND", "torch")
+    with backend("torch"), own_choice():
+        assert (OPS["linear_w4a8"](*args) == 7).all()
+        with backend("torch"):
+            assert not (OPS["linear_w4a8"](*args) == 7).all()
 
 
 def test_a_foreign_layout_is_refused_by_all_but_its_backend(fake_backend):

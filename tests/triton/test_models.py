@@ -18,7 +18,8 @@ SITES = {"quantize_act", "linear_w4a4", "linear_w4a8", "linear_w4a16"}
 @pytest.mark.parametrize("where", ["as_blackwell", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_a_whole_model_runs_on_the_kernels(name: str, recipe: str, mode: str, weights: str, where: str,
                                            request: pytest.FixtureRequest) -> None:
-    """What differs from the CPU's kernels is rounded otherwise, a small part of what 4 bits cost."""
+    """What differs is rounded otherwise: a small part of what 4 bits cost, unless it decides what is quantized to 4 bits
+    further on. What they cost is the same."""
     model, inputs = MODELS[name]()
     exact = output(model, inputs, "cpu")
     nq.quantize(model, recipe, rank=16, mode=mode, progress=False)
@@ -40,4 +41,4 @@ def test_a_whole_model_runs_on_the_kernels(name: str, recipe: str, mode: str, we
         assert all(("int8 x int8" in one.call) == (weights == "int8") for one in found if "int8 x" in one.call)
     cost = (want - exact).norm().item()
     assert (got - exact).norm().item() == pytest.approx(cost, rel=0.05)
-    assert (got - want).norm() < 0.3 * cost
+    assert (got - want).norm() < (1 if mode == "a4" else 0.3) * cost
