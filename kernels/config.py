@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from nunchaku_py.errors import NunchakuError
 
+from . import tuning
+
 Problem = tuple[int | str, ...]  # what a launch is asked for: sizes, then the names of what it computes
 
 
@@ -33,13 +35,19 @@ class Config(NamedTuple):
     stages: int
 
 
+def itself(problem: Problem) -> Problem:
+    return problem
+
+
 @dataclass(frozen=True)
 class Choices:
-    """A kernel's configurations. cost(problem, config, gpu): seconds by the model, infinite where it does not fit."""
+    """A kernel's configurations. cost(problem, config, gpu): seconds by the model, infinite where it does not fit;
+    alike(problem): the one that stands for all problems which share what was measured."""
 
     kernel: str
     configs: tuple[Config, ...]
     cost: Callable[[Problem, Config, Gpu], float]
+    alike: Callable[[Problem], Problem] = itself
 
     def ranked(self, problem: Problem, gpu: Gpu) -> list[Config]:
         """Those that fit, the cheapest by the model first."""
@@ -52,9 +60,20 @@ class Choices:
 
 @cache
 def choose(choices: Choices, problem: Problem, gpu: Gpu) -> Config:
-    """The configuration that a launch takes."""
-    return choices.ranked(problem, gpu)[0]
+    """The configuration that a launch takes: the one measured, else the cheapest by the model."""
+    return tuning.choice(choices, problem, gpu) or choices.ranked(problem, gpu)[0]
+
+
+def forget() -> None:
+    """What was measured is read anew from here on."""
+    tuning.forget()
+    choose.cache_clear()
 
 
 def blocks(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def rows_alike(rows: int) -> int:
+    """Numbers of rows up to a power of two, from the one before it on, share what was measured."""
+    return 1 << max(rows - 1, 0).bit_length()

@@ -17,7 +17,7 @@ from nunchaku_py.ops.quantize_act import empty_like_quantized
 from nunchaku_py.ops.spec import ActSpec, LinearSpec
 
 from . import epilogue, launch, linear_w4a4, linear_w4a8, linear_w4a16, quantize_act
-from .config import Choices, Config, blocks, choose
+from .config import Choices, Config, blocks, choose, rows_alike
 from .gpu import gpu_of
 
 TOGETHER = tl.constexpr(8)  # blocks of rows that pass along the channels together, so that caches serve both
@@ -116,7 +116,7 @@ def linear(suffix: str, args: tuple, config: Config | None = None) -> Any:
     """The linear op with this ending, its arguments as ops/linear.py has them."""
     (qx, sx, qw, sw, aux, h, up, bias), extra, spec = _contiguous(args[:8]), _contiguous(args[8:-1]), args[-1]
     if _goes_through_int8(qx, spec, config):
-        qw, sw, spec = *expand(qw, sw, aux, spec), _with_int8(spec)
+        qw, sw, spec = *expand(qw, sw, aux, spec), with_int8(spec)
     ending = ENDINGS[suffix]
     call = Call(qx, sx, qw, sw, aux, h, up, bias, spec, ending, config)
     if ending in ("activate", "glu"):
@@ -208,7 +208,7 @@ def problem_of(m: int, n: int, spec: LinearSpec, ending: str) -> tuple:
     fewest = spec.head_dim if ending == "rope" else 1
     if ending in ("activate", "glu") and spec.next.format in IN_TILE:
         fewest = spec.next.group * (2 if ending == "glu" else 1)
-    return 1 << max(m - 1, 0).bit_length(), n, spec.k, spec.act.format, spec.weight, ending, fewest
+    return rows_alike(m), n, spec.k, spec.act.format, spec.weight, ending, fewest
 
 
 def groups_of(spec: LinearSpec) -> int:
@@ -220,7 +220,7 @@ def _goes_through_int8(qx: Tensor, spec: LinearSpec, config: Config | None) -> b
     return sum_of(spec) == "expand" and config is None and qx.shape[0] > linear_w4a8.FEW_ROWS
 
 
-def _with_int8(spec: LinearSpec) -> LinearSpec:
+def with_int8(spec: LinearSpec) -> LinearSpec:
     return replace(spec, weight="int8", group=0, row_scales=False)
 
 

@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 
 from .config import Choices, Config
-from .costs import linear_cost
+from .costs import linear_alike, linear_cost
 from .decode import group_numbers, weights
 
 CHOICES = Choices("linear_w4a16", (
     Config(128, 128, 64, 8, 3), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 4, 4), Config(32, 64, 128, 4, 3),
     Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 4), Config(16, 16, 256, 4, 3),
-), linear_cost)
+), linear_cost, linear_alike)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from nunchaku_py.ops.quantize_act import empty_like_quantized
 from nunchaku_py.ops.spec import ActSpec
 
 from . import launch
-from .config import Choices, Config, Gpu, Problem, blocks, choose
+from .config import Choices, Config, Gpu, Problem, blocks, choose, rows_alike
 from .gpu import gpu_of
 from .numbers import int8_scale, quantize_groups, quantize_int8, sizes
 
@@ -147,13 +147,20 @@ def _fits(problem: Problem, config: Config) -> bool:
     return config.k % max(group, 1) == 0 and (k % 8 == 0 or held <= 24) and (r > 0 or config.n == 16)
 
 
-CHOICES = Choices("quantize_act", CONFIGS, cost)
+def alike(problem: Problem) -> Problem:
+    return rows_alike(problem[0]), *problem[1:]
+
+
+CHOICES = Choices("quantize_act", CONFIGS, cost, alike)
 
 
 def config_of(x: Tensor, down: Tensor, spec: ActSpec, more_reads: int = 0) -> Config:
     """The configuration for this problem on this GPU."""
-    reads = more_reads + (2 if spec.format == "int8" else 1)
-    return choose(CHOICES, (*x.shape, down.shape[0], spec.group, reads), gpu_of(x))
+    return choose(CHOICES, problem_of(*x.shape, down.shape[0], spec, more_reads), gpu_of(x))
+
+
+def problem_of(m: int, k: int, r: int, spec: ActSpec, more_reads: int = 0) -> Problem:
+    return m, k, r, spec.group, more_reads + (2 if spec.format == "int8" else 1)
 
 
 # -------------------------------------------------------------------------------------------------------- the launcher

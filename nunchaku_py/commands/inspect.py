@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from .headers import Header, TensorHeader, read_header
 from .lora_files import coverage, described
 from .sources import check_there, class_name, model_path, quantization_of, weight_bytes
 from .stored_folds import StoredFolds
+from .stored_sites import OURS, StoredSite, config_in, merged, owners, stored_sites
 from .tables import size, table
 
 SUMMARY = "what is in a checkpoint: sites, formats, ranks, sizes"
@@ -26,9 +25,7 @@ DESCRIPTION = ("List the quantized linears of a model folder, a pipeline folder 
 EXAMPLES = ("  nunchaku-py inspect ./FLUX.1-dev-int4\n  nunchaku-py inspect ./transformer-int4.safetensors --all\n"
             "  nunchaku-py inspect ./some-lora.safetensors --for ./FLUX.1-dev-int4\n")
 
-OURS = "nunchaku_py"
 ADAPTER = "adapter weights (LoRA or one of its relatives)"
-LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
 FOLD = "fold %"  # the column of --fold
 Row = tuple[str, ...]
 
@@ -74,20 +71,12 @@ def _shown(path: Path, view: View) -> str:
 
 def _file(path: Path, view: View) -> str:
     header = read_header(path)
-    config = _config_in(header)
+    config = config_in(header)
     if quantization_of(config).get("quant_method") == OURS:
         return _ours(str(path), config, header, view)
     kind = kind_of(header)
     title = described(path, header, view.every) if kind == ADAPTER else f"{path}: {kind}"
     return f"{title}\n{_stored(header.tensors.values())}"
-
-
-def _config_in(header: Header) -> dict[str, Any]:
-    try:
-        config = json.loads(header.metadata["config"])
-        return config if isinstance(config, dict) else {}
-    except (KeyError, ValueError):
-        return {}
 
 
 def _pipeline(path: Path, view: View) -> str:
@@ -118,7 +107,7 @@ def _component(name: str, folder: Path, cls: str, view: View) -> str:
 
 def _model(path: Path, view: View) -> str:
     config = read_json(path / "config.json")
-    header = _merged(path)
+    header = merged(path)
     method = quantization_of(config).get("quant_method")
     if method == OURS:
         return _ours(str(path), config, header, view)
@@ -133,67 +122,40 @@ def _folder_of_files(path: Path, view: View) -> str:
     return "\n\n".join(_file(file, view) for file in files)
 
 
-def _merged(path: Path) -> Header:
-    """All shards as one."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise NunchakuError(f"{path}: holds no safetensors file")
-    headers = [read_header(file) for file in files]
-    return Header({name: tensor for header in headers for name, tensor in header.tensors.items()}, headers[0].metadata)
-
-
 # ------------------------------------------------------------------------------------------------------- our own files
 def _ours(label: str, config: dict[str, Any], header: Header, view: View) -> str:
     quantization = quantization_of(config)
     if quantization.get("format_version") != 1:
         raise NunchakuError(f"{label}: format_version is {quantization.get('format_version')!r}, this release reads 1")
     folds = StoredFolds(Path(label)) if view.fold else None
-    owners, rows = _site_rows(label, quantization.get("sites") or {}, header, folds)
+    owner, rows = _site_rows(label, quantization.get("sites") or {}, header, folds)
     recipe = quantization.get("recipe") or "no recipe named"
     title = f"{label}: {class_name(config)}, {recipe}, computes in {quantization.get('compute_dtype')}"
     columns = ("site", "kind", "format", "rank", "N", "K", *((FOLD,) if view.fold else ()), "bytes")
     body = table(columns, rows) if view.every else table(("count", *columns), _alike(rows, view.fold))
-    return "\n".join([title, "", body, "", *_totals(quantization, header, owners)])
+    return "\n".join([title, "", body, "", *_totals(quantization, header, owner)])
 
 
 def _site_rows(label: str, sites: dict[str, Any], header: Header, folds: StoredFolds | None
                ) -> tuple[dict[str, str], list[Row]]:
     """(tensor name → site, a row per site or K-part). A site whose tensors are missing is refused."""
-    owner = {name: site for name in header.tensors if (site := _owner(name, header.tensors))}
+    owner = owners(header)
     nbytes: Counter[str] = Counter()
     for name, site in owner.items():
         nbytes[site] += header.tensors[name].nbytes
     rows: list[Row] = []
-    for site in nbytes:
-        module, _, part = site.partition(".parts.")
-        entry = sites.get(module) or next((e for glob, e in sites.items() if fnmatchcase(module, glob)), None)
-        if entry is None:
-            raise NunchakuError(f"{label}: {site}.codes is in the file, but its config names no such site")
-        entry = entry["parts"][int(part)] if part else entry
-        row = _row(site, module, entry, header)
-        fold = [] if folds is None else [_percent(folds.of(site, entry, int(row[-1])))]
-        rows.append((*row, *fold, str(nbytes[site])))
-    for name in sites:
-        if not any(fnmatchcase(site.partition(".parts.")[0], name) for site in owner.values()):
-            raise NunchakuError(f"{label}: the config names the site {name}, but the file holds no such tensors")
+    for stored in stored_sites(label, sites, header):
+        fold = [] if folds is None else [_percent(folds.of(stored.name, stored.entry, stored.k))]
+        rows.append((*_row(stored), *fold, str(nbytes[stored.name])))
     return owner, rows
 
 
-def _owner(name: str, tensors: dict[str, TensorHeader]) -> str | None:
-    site, _, leaf = name.rpartition(".")
-    if leaf == "bias" and f"{site}.parts.0.codes" in tensors:
-        return f"{site}.parts.0"
-    return site if leaf in LEAVES and f"{site}.codes" in tensors else None
-
-
-def _row(site: str, module: str, entry: dict[str, Any], header: Header) -> Row:
-    n, packed = header.tensors[f"{site}.codes"].shape
-    smooth = header.tensors.get(f"{site}.smooth")
-    k = smooth.shape[0] if smooth else 2 * packed
+def _row(stored: StoredSite) -> Row:
+    entry = stored.entry
     first, last = entry.get("k_range") or (0, 0)
-    label = f"{module}[{first}:{last}]" if last else site
+    label = f"{stored.module}[{first}:{last}]" if last else stored.name
     fmt = f"{entry['format']} g{entry['group']}" + (" shifted" if entry.get("shift") else "")
-    return label, entry["kind"], fmt, str(entry.get("rank", 0)), str(n), str(k)
+    return label, entry["kind"], fmt, str(entry.get("rank", 0)), str(stored.n), str(stored.k)
 
 
 def _percent(share: float | None) -> str:
