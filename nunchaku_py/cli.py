@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import demo, generate, info, inspect, quantize
+from .commands import demo, generate, info, inspect, quantize, tune
 from .errors import NunchakuError
 
-COMMANDS = (info, quantize, inspect, generate, demo)
+COMMANDS = (info, quantize, inspect, generate, demo, tune)
 LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "accelerate", "torch")
 MENDABLE = (NunchakuError, OSError)  # OSError: a disk that is full, a folder that may not be read
 
@@ -27,6 +27,7 @@ examples:
   nunchaku-py inspect ./FLUX.1-dev-int4
   nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a lighthouse at dusk" --out lighthouse.png
   nunchaku-py demo
+  nunchaku-py tune ./FLUX.1-dev-int4
 """
 
 
