@@ -112,8 +112,8 @@ def quantize_act_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
-# n: ranks that a block makes. A thread has 16 elements of a tile at most: of twice as many, registers are spilled. Small
-# m and long k for few rows, of which every processor gets some.
+# n: ranks that a block makes. A thread has 16 elements of a tile at most: of twice as many, registers are spilled.
+# Small m and long k for few rows, of which every processor gets some.
 CONFIGS = tuple(
     Config(m, n, k, warps, stages)
     for m, k, warps in ((16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4), (32, 128, 8), (64, 64, 8))
