@@ -28,8 +28,8 @@ CACHED = 4  # so many times faster come bytes that another block has read before
 FULL = 64 * 128  # outputs from which on a tile keeps the tensor cores of a processor busy
 REGISTERS, THREADS = 65536, 32
 SUMS_HELD = 128  # of a thread in registers; what else a loop and an ending hold, as parts of the sums
-HELD_TWICE = ("int4", "uint4")  # a group's sums beside those of all
-ALSO_HELD = {"store": 0.0, "gate": 0.0, "rope": 0.5, "activate": 0.1, "glu": 0.0}
+BESIDE = {"int4": 1.1, "uint4": 1.1}  # a group's sums
+ALSO_HELD = {"store": 0.0, "gate": 0.1, "rope": 0.5, "activate": 0.1, "glu": 0.1}
 
 
 def linear_cost(problem: Problem, config: Config, gpu: Gpu) -> float:
@@ -37,7 +37,7 @@ def linear_cost(problem: Problem, config: Config, gpu: Gpu) -> float:
     m, n, k, act, weight, ending, fewest = problem
     shared = config.stages * config.k * (config.m * BYTES[act] + config.n * BYTES[weight])
     sums = config.m * config.n / (THREADS * config.warps)
-    held = sums * ((2 if act in HELD_TWICE else 1) + ALSO_HELD[ending])
+    held = sums * (1 + BESIDE.get(act, 0.0) + ALSO_HELD[ending])
     if shared > gpu.shared or config.n < fewest or held > SUMS_HELD:
         return math.inf
     resident = max(1, int(min(gpu.shared / shared, REGISTERS / (THREADS * config.warps * (held + 96)))))

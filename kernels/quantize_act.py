@@ -118,7 +118,8 @@ CONFIGS = tuple(
     Config(m, n, k, warps, stages)
     for m, k, warps in ((16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4), (32, 128, 8), (64, 64, 8))
     for n in (16, 32, 64, 128)
-    for stages in (2, 3, 4)
+    for stages in (4, 3, 2)
+    if n * k <= 8192
 )
 THREADS = 65536 // 160  # that a processor runs at a time, by their registers
 FROM_CACHE = 6e10  # bytes a second that a processor gets

@@ -14,6 +14,7 @@ from tests.ops.helpers import ACTS, ENDINGS
 
 Named = tuple[str, Callable[[], object]]
 M, N, K, R = 4608, 9216, 3072, 32  # the tokens of a picture of 1024², a transformer's q, k and v, the usual rank
+FEW = 64
 GROUPS = {"int4": 64, "uint4": 64, "nvfp4": 16, "int8": 0}
 
 
@@ -61,7 +62,7 @@ def linear_calls(target: int) -> Iterator[Named]:
     if target >= 120:
         ways.append(("linear_w4a4", "nvfp4", "nvfp4", "nvfp4"))
     for family, act, weight, following in ways:
-        for m in (M, 1):
+        for m in (M, FEW, 1):
             yield linear_call(family, "", act, weight, following, m)
         yield linear_call(family, "", act, weight, following, M, torch.float16)
         for ending in ENDINGS[1:] if weight in ("int8", act) else ():

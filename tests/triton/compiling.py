@@ -19,19 +19,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TARGETS = (80, 86, 89, 90, 100, 120)
 MULTIPLY = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|mma)\.[\w.:]+)")
+FROM_REGISTERS = re.compile(r"wgmma\.mma_async[\w.]+\s*\{[^}]*\}\s*,\s*\{")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*?SHARED:(\d+)", re.DOTALL)
 
 
 class Compiled(NamedTuple):
-    """One kernel of a call. `multiplies`: instruction of PTX → how often it stands there; `stack`: bytes a thread has
-    in local memory, where registers spill to."""
+    """One kernel of a call. `multiplies`: instruction of PTX → how often it stands there; `from_registers`: how many of
+    Hopper's take their first operand from registers; `copies`: instructions that load to shared memory and wait for
+    nothing; `stack`: bytes a thread has in local memory, where registers spill to."""
 
     target: int
     call: str
     kernel: str
     constants: dict[str, Any]
     multiplies: dict[str, int]
+    from_registers: int
+    copies: int
     registers: int
     stack: int
     shared: int
@@ -83,8 +88,9 @@ def compiling(target: int, found: list[Compiled]) -> Iterator[Callable[[str], No
         launch.launch = original
 
 
-def _read(made: Any) -> tuple[dict[str, int], int, int, int]:
-    counts = collections.Counter(MULTIPLY.findall(made.asm["ptx"]))
+def _read(made: Any) -> tuple[dict[str, int], int, int, int, int, int]:
+    ptx = made.asm["ptx"]
+    counts, from_registers = collections.Counter(MULTIPLY.findall(ptx)), len(FROM_REGISTERS.findall(ptx))
     from triton.backends import nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -93,7 +99,7 @@ def _read(made: Any) -> tuple[dict[str, int], int, int, int]:
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     registers, stack, _ = map(int, RESOURCES.search(usage.stdout).groups())
-    return dict(counts), registers, stack, made.metadata.shared
+    return dict(counts), from_registers, ptx.count("cp.async.cg"), registers, stack, made.metadata.shared
 
 
 def compiled_for(target: int, path: Path) -> list[Compiled]:

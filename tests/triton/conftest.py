@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nunchaku_py.backends.triton import device as gpu
 
 pytest.importorskip("triton")
 
-from tests.triton import interpreter  # noqa: E402
+from tests.triton import compiling, interpreter  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.teach()
@@ -47,6 +48,16 @@ def taken_for_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) 
         pytest.skip("with a GPU the kernels run there (pytest -m gpu)")
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "capability_of", lambda device: capability)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], list[compiling.Compiled]]]:
+    """Target → what tests/triton/calls.py launches, compiled for it: once, two targets at a time."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = {target: pool.submit(compiling.compiled_for, target, folder / f"{target}.json")
+                 for target in compiling.TARGETS}
+        yield lambda target: found[target].result()
 
 
 @pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])

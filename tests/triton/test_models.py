@@ -18,8 +18,8 @@ SITES = {"quantize_act", "linear_w4a4", "linear_w4a8", "linear_w4a16"}
 @pytest.mark.parametrize("where", ["as_blackwell", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_a_whole_model_runs_on_the_kernels(name: str, recipe: str, mode: str, weights: str, where: str,
                                            request: pytest.FixtureRequest) -> None:
-    """What differs is rounded otherwise: a small part of what 4 bits cost, unless it decides what is quantized to 4 bits
-    further on. What they cost is the same."""
+    """What differs is rounded otherwise: a small part of what 4 bits cost, unless inputs further on are quantized to 4
+    bits, which it may decide. What they cost is the same."""
     model, inputs = MODELS[name]()
     exact = output(model, inputs, "cpu")
     nq.quantize(model, recipe, rank=16, mode=mode, progress=False)
