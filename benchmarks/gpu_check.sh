@@ -4,6 +4,7 @@
 #   build      the native module, for the GPU found
 #   info       what it finds
 #   tests      those that need a GPU
+#   tune       the Triton kernels' configurations, measured  OUT/tuned.json
 #   ops        benchmark of single linears, and its bars     OUT/ops.csv
 #   lora       what adapters cost a linear                   OUT/lora.csv
 #   pipeline   benchmark of one step of FLUX.1               OUT/pipeline.csv
@@ -11,11 +12,12 @@
 #   memcheck   the kernels' tests under compute-sanitizer: accesses out of bounds
 #   racecheck  the same: races in shared memory
 #
-# All of them, in this order, or those named. The limits of all steps are more than ten minutes together; those of these
-# two calls are not, and the second uses what the first has built:
+# All of them, in this order, or those named. The limits of all steps are more than ten minutes together; those of each
+# of these calls are not, and the later ones use what the first has built and the second has measured:
 #
 #   benchmarks/gpu_check.sh OUT build info tests memcheck racecheck      whether it is right
-#   benchmarks/gpu_check.sh OUT2 ops lora pipeline sdxl                  how fast it is
+#   benchmarks/gpu_check.sh OUT2 tune ops lora                           how fast its linears are
+#   benchmarks/gpu_check.sh OUT3 pipeline sdxl                           how fast whole models are
 #
 # What is printed goes into OUT/log.txt too; its first line names the GPU, the versions and the commit. What is needed:
 # torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja, pytest, and diffusers for whole models;
@@ -23,7 +25,7 @@
 # SECONDS_IN_ALL (default 570) how long all may take: a step is stopped at its own limit or at this one. A later step
 # runs also where an earlier one failed; the exit status says whether all that ran succeeded.
 set -uo pipefail
-ALL="build info tests ops lora pipeline sdxl memcheck racecheck"
+ALL="build info tests tune ops lora pipeline sdxl memcheck racecheck"
 out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
 shift
 steps=${*:-$ALL}
@@ -86,6 +88,7 @@ check() {
   step info 20 "$python" -m nunchaku_py info
   step tests 130 "$python" -m pytest -q -m gpu
   # What each is to have done by itself comes before its limit: a compilation that has begun is finished.
+  step tune 120 "$python" -m nunchaku_py tune --seconds 100 --out "$out/tuned.json"
   step ops 160 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv" --seconds 130
   step lora 50 "$python" -m benchmarks.lora speed --device cuda --seconds 2 --out "$out/lora.csv"
   step pipeline 210 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" \

@@ -145,7 +145,7 @@ def parsed(path: Path) -> tuple[Origin, list[Measured]]:
         return origin._replace(capability=tuple(origin.capability)), found
     except NunchakuError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise NunchakuError(f"{path}: holds no measurements that can be understood ({said})") from error
 

@@ -31,6 +31,9 @@ class Tensors(NamedTuple):
     def floats(self, *shape: int) -> Tensor:
         return torch.rand(shape, device=self.device) + 0.5
 
+    def small(self, *shape: int) -> Tensor:
+        return 0.01 * self.floats(*shape)
+
     def codes(self, rows: int, k: int, format: str) -> Tensor:
         if format == "none":
             return self.normal(rows, k)
@@ -40,15 +43,15 @@ class Tensors(NamedTuple):
 
     def scales(self, rows: int, k: int, format: str, group: int) -> Tensor:
         if format in ("int8", "none"):
-            return self.floats(rows) if format == "int8" else self.floats(0)
-        scales = 0.01 * self.floats(rows, group_count(k, group))
+            return self.small(rows) if format == "int8" else self.floats(0)
+        scales = self.small(rows, group_count(k, group))
         return scales.to(torch.float8_e4m3fn if format == "nvfp4" else self.dtype)
 
     def aux(self, n: int, spec: LinearSpec) -> Tensor:
         """What linear.py says of it."""
-        own = {"nvfp4": self.floats(n), "uint4": self.scales(n, spec.k, "uint4", spec.group or 1)}
+        own = {"nvfp4": self.small(n), "uint4": self.scales(n, spec.k, "uint4", spec.group or 1)}
         found = own.get(spec.weight, self.floats(0))
-        return torch.cat((self.floats(n), found)) if spec.row_scales else found
+        return torch.cat((self.small(n), found)) if spec.row_scales else found
 
     def ended(self, suffix: str, m: int, n: int, rank: int, spec: LinearSpec) -> tuple[Tensor, ...]:
         """What an ending takes."""
@@ -103,5 +106,5 @@ def quantize_case(m: int, k: int, rank: int, spec: ActSpec, dtype: torch.dtype) 
 FAMILIES = {"linear": linear_case, "quantize": quantize_case}
 
 
-def case_of(family: str, *args: object) -> Case:
+def case_of(family: str, args: tuple) -> Case:
     return FAMILIES[family](*args)

@@ -112,7 +112,7 @@ def _device(name: str) -> torch.device:
 def _cases(linears: Sequence[Linear], args: argparse.Namespace, device: torch.device) -> list:
     from ..kernels.tuning_cases import case_of
 
-    return [case_of(request.family, *request.args) for request in requests(linears, args.rows, args.modes, device)]
+    return [case_of(*request) for request in requests(linears, args.rows, args.modes, device)]
 
 
 def _notes(device: torch.device) -> Iterable[str]:
@@ -149,7 +149,9 @@ def _measure(tuner: Any, cases: Sequence[Any]) -> list:
 def _line(outcome: Any) -> str:
     if outcome.measured is None:
         return f"{outcome.case.label}: not measured: {outcome.why}"
-    return ", ".join(_row(outcome.measured)).rstrip(", ")
+    kernel, label, taken, ms, default, ms_default, faster = _row(outcome.measured)
+    than = f"{default}{f' {ms_default} ms, {faster}' if faster else ''}"
+    return f"{kernel}: {label}: {taken} {ms} ms (default {than})"
 
 
 def _summary(tuner: Any, found: Sequence[Any], wanted: int, path: Path) -> str:
