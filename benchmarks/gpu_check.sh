@@ -88,7 +88,7 @@ check() {
   step info 20 "$python" -m nunchaku_py info
   step tests 130 "$python" -m pytest -q -m gpu
   # What each is to have done by itself comes before its limit: a compilation that has begun is finished.
-  step tune 120 "$python" -m nunchaku_py tune --seconds 100 --out "$out/tuned.json"
+  step tune 120 "$python" -m nunchaku_py tune --rows 4608,4096,512 --seconds 100 --out "$out/tuned.json"
   step ops 160 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv" --seconds 130
   step lora 50 "$python" -m benchmarks.lora speed --device cuda --seconds 2 --out "$out/lora.csv"
   step pipeline 210 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" \

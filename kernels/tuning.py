@@ -100,9 +100,10 @@ def enabled() -> bool:
 @cache
 def _known(gpu: Gpu) -> dict[Key, Measured]:
     try:
-        return read(Origin.of(gpu))
-    except RuntimeError:  # a user without a home folder
+        folder()
+    except NunchakuError:  # only who measures needs to hear of it
         return {}
+    return read(Origin.of(gpu))
 
 
 def forget() -> None:
@@ -112,8 +113,11 @@ def forget() -> None:
 # ------------------------------------------------------------------------------------------------------------- the file
 def folder() -> Path:
     if named := os.environ.get(FOLDER):
-        return Path(named).expanduser() / "tuning"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nunchaku_py" / "tuning"
+        return Path(named) / "tuning"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nunchaku_py" / "tuning"
+    except RuntimeError as error:
+        raise NunchakuError(f"this user has no home folder to keep measurements in; name one by {FOLDER}") from error
 
 
 def files() -> list[Path]:

@@ -59,7 +59,7 @@ def test_all_steps_in_order_for_the_gpu_found(tmp_path: Path) -> None:
     assert answer.begun == ["build", "info", "tests", "tune", "ops", "lora", "pipeline", "sdxl", "memcheck",
                             "racecheck"]
     assert "setup.py -q build_ext --inplace on native" in answer.log
-    assert f"nunchaku_py tune --seconds 100 --out {tmp_path / 'out/tuned.json'}" in answer.log
+    assert f"nunchaku_py tune --rows 4608,4096,512 --seconds 100 --out {tmp_path / 'out/tuned.json'}" in answer.log
     for name in ("ops", "pipeline", "sdxl"):
         assert f"--out {tmp_path / f'out/{name}.csv'}" in answer.log
     for tool in ("memcheck", "racecheck"):

@@ -160,6 +160,18 @@ def test_what_others_write_meanwhile_is_kept() -> None:
     assert [path.suffix for path in Origin.of(GPU).path.parent.iterdir()] == [".json"]
 
 
+def test_without_a_home_folder_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(tuning.FOLDER)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tuning.Path, "home", homeless)
+    assert chosen() == FIRST
+    with pytest.raises(NunchakuError, match="no home folder .* NUNCHAKU_PY_CACHE"):
+        record(entry())
+
+
 def test_a_write_that_fails_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
     record(entry())
 
@@ -309,3 +321,15 @@ def test_rows_share_their_measurements_up_to_a_power_of_two() -> None:
     keys = [tuning_cases.case_of("quantize", (m, 64, 16, INT4, BF16)).key for m in (4097, 4608, 8192, 4096, 0, 1)]
     assert keys[0] == keys[1] == keys[2] != keys[3] and keys[4] == keys[5]
     assert config.rows_alike(1) == 1 and linear_w4a8.CHOICES.kernel != linear_w4a4.CHOICES.kernel
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "BEST", 3)
+    cases = [tuning_cases.case_of(*CASES[name]) for name in ("int8", "gelu", "norm", "weights only")]
+    made = tuner.Tuner(torch.device("cuda"), tuner.GraphTimer)
+    found = [outcome.measured for outcome in made.run(cases)]
+    assert len(found) == len(cases) and made.compiled > 0
+    for case, measured in zip(cases, found, strict=True):
+        assert 0 < measured.seconds < 0.01
+        assert config.choose(case.choices, case.problem, made.gpu) == measured.config
