@@ -18,6 +18,8 @@ CAPABILITY = "9.0"
 LEAST_ROWS = 4096  # tokens from which on the bars hold: below, a launch does not fill the GPU
 OVER_BF16, OVER_BF16_SMALL, SMALL = 1.5, 1.3, ("3072", "3072")  # SMALL: N, K
 FOUR_BITS = 0.85  # of the speed with INT8 weights
+TRITON_OVER_BF16 = 1.2
+BY_TRITON = ", by triton"
 Line = dict[str, str]
 
 
@@ -53,12 +55,15 @@ def verdicts(case: Sequence[Line]) -> Iterator[Verdict]:
         held = {weights: _whole(case, fmt, weights) for weights in ("int8", "int4")}
         yield Verdict(f"a8 {fmt}, weights int8, over bf16", ratio(held["int8"], bf16), bar)
         yield Verdict(f"a8 {fmt}, weights int4 over int8", ratio(held["int4"], held["int8"]), FOUR_BITS)
+        if any(BY_TRITON in line["contender"] and line["format"] == fmt for line in case if line["mode"] == "a8"):
+            mine = _whole(case, fmt, "int8", by_triton=True)
+            yield Verdict(f"a8 {fmt}{BY_TRITON}, weights int8, over bf16", ratio(mine, bf16), TRITON_OVER_BF16)
 
 
-def _whole(case: Sequence[Line], fmt: str, weights: str) -> Line | None:
+def _whole(case: Sequence[Line], fmt: str, weights: str, by_triton: bool = False) -> Line | None:
     """The row of a whole linear that really held its weights so."""
     return next((line for line in case if (line["mode"], line["format"], line["weights"]) == ("a8", fmt, weights)
-                 and "input given" not in line["contender"]), None)
+                 and "input given" not in line["contender"] and (BY_TRITON in line["contender"]) == by_triton), None)
 
 
 def summary(lines: Sequence[Line]) -> str:

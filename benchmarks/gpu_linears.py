@@ -5,7 +5,7 @@ A contender may be missing or refuse the GPU: whatever it raises becomes the not
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -84,8 +84,8 @@ class Contender:
 
 
 # ------------------------------------------------------------------------------------------------------------ ourselves
-def ours(mode: str, fmt: str, weights: str = "", given: bool = False) -> Contender:
-    """Quantizing the input with the branch's h, then the product; given: the product alone."""
+def ours(mode: str, fmt: str, weights: str = "", given: bool = False, by: str = "") -> Contender:
+    """Quantizing the input with the branch's h, then the product; given: the product alone; by: on this backend."""
     def build(on: Operands) -> Ready:
         layers = layers_of(on, Site("w4a4", fmt, GROUPS[fmt], RANK), mode, weights)
         backend, held = backend_of(layers[0], on), HELD.get(layers[0].packed.residency, "int4")
@@ -96,8 +96,25 @@ def ours(mode: str, fmt: str, weights: str = "", given: bool = False) -> Contend
         made.weights = held
         made.note = f"asked for {weights} weights, holds {held}" if weights not in ("", held) else ""
         return made
-    words = f"{OURS} {mode} {fmt}" + (f", weights {weights}" if weights else "") + (", input given" if given else "")
-    return Contender(words, build, mode, fmt)
+    words = [f"{OURS} {mode} {fmt}", f"weights {weights}" if weights else "", "input given" if given else "",
+             f"by {by}" if by else ""]
+    return Contender(", ".join(filter(None, words)), asking_for(by, build) if by else build, mode, fmt)
+
+
+def asking_for(backend: str, build: Callable[[Operands], Ready]) -> Callable[[Operands], Ready]:
+    """The same, made and run on that backend."""
+    def built(on: Operands) -> Ready:
+        with nq.backend(backend):
+            made = build(on)
+        return replace(made, run=within(made.run), y=within(made.y))
+
+    def within(call: Callable) -> Callable:
+        def run(*args: object) -> Tensor:
+            with nq.backend(backend):
+                return call(*args)
+        return run
+
+    return built
 
 
 def layers_of(on: Operands, site: Site, mode: str, weights: str) -> list[QuantLinear]:
@@ -200,5 +217,7 @@ def contenders(compiled: bool = True) -> list[Contender]:
     """bf16 first: ratios are over it."""
     a8 = [ours("a8", fmt, weights) for fmt in GROUPS for weights in ("int8", "int4")]
     found = [bf16(), *a8, ours("a8", "int4", "int8", given=True), *(ours("a4", fmt) for fmt in GROUPS)]
+    found += [*(ours("a8", "int4", weights, by="triton") for weights in ("int8", "int4")),
+              ours("a4", "nvfp4", by="triton")]
     found += [int8_product_only(), fp8_product_only(), fp8(False)]
     return found + ([int8(True), fp8(True)] if compiled else [])

@@ -29,7 +29,7 @@ FULL = 64 * 128  # outputs from which on a tile keeps the tensor cores of a proc
 REGISTERS, THREADS = 65536, 32
 SUMS_HELD = 128  # of a thread in registers; what else a loop and an ending hold, as parts of the sums
 BESIDE = {"int4": 1.1, "uint4": 1.1}  # a group's sums
-ALSO_HELD = {"store": 0.0, "gate": 0.1, "rope": 0.5, "activate": 0.1, "glu": 0.1}
+ALSO_HELD = {"store": 0.0, "gate": 0.1, "rope": 0.5, "activate": 0.1, "glu": 0.1, "quantize": 1.1}
 
 
 def linear_cost(problem: Problem, config: Config, gpu: Gpu) -> float:

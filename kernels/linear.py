@@ -207,7 +207,7 @@ def problem_of(m: int, n: int, spec: LinearSpec, ending: str) -> tuple:
     """What configurations are chosen by; numbers of rows that are alike share one."""
     fewest = spec.head_dim if ending == "rope" else 1
     if ending in ("activate", "glu") and spec.next.format in IN_TILE:
-        fewest = spec.next.group * (2 if ending == "glu" else 1)
+        fewest, ending = spec.next.group * (2 if ending == "glu" else 1), "quantize"
     return rows_alike(m), n, spec.k, spec.act.format, spec.weight, ending, fewest
 
 

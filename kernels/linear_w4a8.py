@@ -9,6 +9,7 @@ import triton.language as tl
 from .config import Choices, Config
 from .costs import linear_alike, linear_cost
 from .decode import group_numbers, weights
+from .numbers import whole_codes
 
 FEW_ROWS = 64  # up to which one block of rows expands the weight for itself
 CHOICES = Choices("linear_w4a8", (
@@ -75,11 +76,7 @@ def expanded(qw, sw, aux, channels, s_ch, start, N, K, HALF_K, GROUPS, EVEN: tl.
     scales = group_numbers(sw + channels.to(tl.int64) * GROUPS, start, K, GROUP, BK, WEIGHT == "nvfp4")
     channel = tl.load(aux + N + channels)[:, None] if WEIGHT == "nvfp4" else 0.0
     value = weights(b, scales, 0.0, channel, WEIGHT)
-    void = (s_ch == 0) | (s_ch != s_ch)
-    value = tl.div_rn(value, tl.broadcast_to(tl.where(void, 1.0, s_ch)[:, None], value.shape))
-    value = tl.minimum(tl.maximum(value, -127.0), 127.0)
-    magic: tl.constexpr = 12582912.0  # 1.5·2^23: the sum is rounded to a whole number, half to even
-    return tl.where(void[:, None], 0.0, (value + magic) - magic).to(tl.int8)
+    return whole_codes(value, s_ch[:, None], -127.0, 127.0).to(tl.int8)
 
 
 @triton.jit

@@ -27,25 +27,38 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # ----------------------------------------------------------------------------------------------------------- the kernel
 @triton.jit
-def as_it_is(source, rows, ks, inside, K):
+def before(ks, K, EVEN: tl.constexpr):
+    """Which columns of a tile there are. EVEN: K is a multiple of tiles."""
+    if EVEN:
+        return tl.full(ks.shape, True, tl.int1)
+    else:
+        return ks < K
+
+
+@triton.jit
+def as_it_is(source, rows, ks, inside, K, EVEN: tl.constexpr):
     """Tile (BM, BK) of x."""
     x, = source
     return tl.load(x + rows[:, None] * K + ks[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def add_hidden(h, x, down, ranks, ks, R, K):
+def add_hidden(h, x, down, ranks, ks, R, K, EVEN: tl.constexpr):
     """h + x·downᵀ of a tile."""
-    inside = (ranks[:, None] < R) & (ks[None, :] < K)
+    inside = (ranks[:, None] < R) & before(ks, K, EVEN)[None, :]
     tile = tl.load(down + ranks[:, None].to(tl.int64) * K + ks[None, :], mask=inside, other=0.0)
     return tl.dot(x, tl.trans(tile), h)
 
 
 @triton.jit
-def smoothed(x, inv_smooth, ks, inside, shift, K):
-    """x̂ of a tile of x; +0 outside."""
-    by = tl.load(inv_smooth + ks, mask=ks < K, other=0.0)
-    return tl.where(inside, (x.to(tl.float32) + shift) * by[None, :], 0.0)
+def smoothed(x, inv_smooth, ks, inside, shift, K, EVEN: tl.constexpr):
+    """x̂ of a tile of x; +0 beyond the end of a row."""
+    by = tl.load(inv_smooth + ks, mask=before(ks, K, EVEN), other=0.0)
+    v = (x.to(tl.float32) + shift) * by[None, :]
+    if EVEN:
+        return v
+    else:
+        return tl.where(inside, v, 0.0)
 
 
 @triton.jit
@@ -64,7 +77,7 @@ def store_groups(
 @triton.jit
 def quantize_rows(
     LOAD: tl.constexpr, source, inv_smooth, down, qx, sx, h, shift, rows, M, K, R, codes, groups, FORMAT: tl.constexpr,
-    GROUP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ALONE: tl.constexpr
+    GROUP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ALONE: tl.constexpr, EVEN: tl.constexpr
 ):
     """qx, sx and h of rows of what LOAD(source, …) gives. ALONE: one block makes all ranks; BR 0: there are none."""
     BM: tl.constexpr = rows.shape[0]
@@ -76,12 +89,12 @@ def quantize_rows(
         hidden = tl.zeros((BM, BR), tl.float32)
     for i in range(tl.cdiv(K, BK)):
         ks = i * BK + tl.arange(0, BK)
-        inside = (rows[:, None] < M) & (ks[None, :] < K)
-        x = LOAD(source, rows, ks, inside, K)
+        inside = (rows[:, None] < M) & before(ks, K, EVEN)[None, :]
+        x = LOAD(source, rows, ks, inside, K, EVEN)
         if BR > 0:
-            hidden = add_hidden(hidden, x, down, ranks, ks, R, K)
+            hidden = add_hidden(hidden, x, down, ranks, ks, R, K, EVEN)
         if quantizes:
-            v = smoothed(x, inv_smooth, ks, inside, shift, K)
+            v = smoothed(x, inv_smooth, ks, inside, shift, K, EVEN)
             if FORMAT == "int8":
                 top = tl.maximum(top, tl.max(sizes(v, False), 1))
             elif FORMAT == "none":
@@ -96,19 +109,20 @@ def quantize_rows(
             tl.store(sx + rows, scale, mask=rows < M)
             for i in range(tl.cdiv(K, BK)):
                 ks = i * BK + tl.arange(0, BK)
-                inside = (rows[:, None] < M) & (ks[None, :] < K)
-                v = smoothed(LOAD(source, rows, ks, inside, K), inv_smooth, ks, inside, shift, K)
+                inside = (rows[:, None] < M) & before(ks, K, EVEN)[None, :]
+                v = smoothed(LOAD(source, rows, ks, inside, K, EVEN), inv_smooth, ks, inside, shift, K, EVEN)
                 tl.store(qx + rows[:, None] * K + ks[None, :], quantize_int8(v, scale), mask=inside)
 
 
 @triton.jit
 def quantize_act_kernel(
     x, inv_smooth, down, qx, sx, h, shift, M, K, R, codes, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ALONE: tl.constexpr
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, ALONE: tl.constexpr, EVEN: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     quantize_rows(
-        as_it_is, (x,), inv_smooth, down, qx, sx, h, shift, rows, M, K, R, codes, groups, FORMAT, GROUP, BR, BK, ALONE)
+        as_it_is, (x,), inv_smooth, down, qx, sx, h, shift, rows, M, K, R, codes, groups, FORMAT, GROUP, BR, BK, ALONE,
+        EVEN)
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
@@ -123,7 +137,7 @@ CONFIGS = tuple(
 )
 THREADS = 65536 // 160  # that a processor runs at a time, by their registers
 FROM_CACHE = 6e10  # bytes a second that a processor gets
-ELEMENTS = 3.5e9  # a second that a processor quantizes: it is the divisions, rounded correctly, that take long
+ELEMENTS = 6e9  # a second that a processor quantizes: each takes some thirty instructions
 LATENCY = 8e-7  # seconds until what is asked for has come
 
 
@@ -184,6 +198,7 @@ def launched(
     launch.launch(
         kernel, grid, *source, inv_smooth.contiguous(), down.contiguous(), qx, stored, h, spec.shift, m, k, r,
         blocks(k, 2), blocks(k, spec.group or 1), warps=config.warps, stages=config.stages, FORMAT=spec.format,
-        GROUP=spec.group, BM=config.m, BR=config.n if r else 0, BK=config.k, ALONE=grid[1] == 1, **constants,
+        GROUP=spec.group, BM=config.m, BR=config.n if r else 0, BK=config.k, ALONE=grid[1] == 1,
+        EVEN=k % config.k == 0, **constants,
         **launch.EXACT)
     return qx, sx, h

@@ -27,7 +27,11 @@ def run(folder: Path, *more: str) -> dict[str, Line]:
 
 def test_a_row_for_every_contender_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = run(tmp_path)
+    assert sum("by triton" in name for name in rows) == 3
     for name, row in rows.items():
+        if "by triton" in name:
+            assert "triton: the tensors are on cpu" in row["note"] and not row["ms"]
+            continue
         assert (row["m"], row["n"], row["k"], row["rounds"]) == ("32", "256", "128", "3")
         assert float(row["ms_low"]) <= float(row["ms"]) <= float(row["ms_high"])
         assert float(row["speedup_low"]) <= float(row["speedup"]) <= float(row["speedup_high"])
@@ -99,6 +103,13 @@ def a8(weights: str, rounds: str, **more: str) -> Line:
 
 def bars(*lines: Line) -> list[str]:
     return [text.strip() for text in gpu_bars.summary(lines).splitlines() if "bar" in text]
+
+
+def test_what_triton_is_to_reach_is_a_bar_of_its_own() -> None:
+    triton = {**a8("int8", "2 4 2"), "contender": "nunchaku-py a8 int4, weights int8, by triton"}
+    assert bars(line(BASELINE, "3 6 3"), triton, a8("int8", "1 2 1"))[-1] == (
+        "a8 int4, by triton, weights int8, over bf16, bar 1.2: met by 1.500 (1.500-1.500)")
+    assert "weights int8, over bf16, bar 1.5: open, not measured" in bars(line(BASELINE, "3 6 3"), triton)[0]
 
 
 def test_bars_are_met_or_missed_by_ratios_of_rounds() -> None:

@@ -1,5 +1,6 @@
 """What Triton's interpreter gets wrong or cannot do, and GPUs do: it cuts float32 off to bfloat16 instead of rounding,
-multiplies the bits of bfloat16 as if they were whole numbers, and has no products of NVFP4."""
+multiplies the bits of bfloat16 as if they were whole numbers, rounds a fused multiplication and addition twice, and has
+no products of NVFP4."""
 from __future__ import annotations
 
 from typing import Any
@@ -18,6 +19,7 @@ def teach() -> None:
     InterpreterBuilder.cast_impl = cast
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
+    InterpreterBuilder.create_fma = fma
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.create_dot_scaled = dot_scaled
     TritonSemantic.dot_scaled = named_formats
@@ -42,6 +44,12 @@ def cast(self: InterpreterBuilder, src: TensorHandle, dst_type: Any) -> TensorHa
     if (of, to) == (tl.float32, tl.bfloat16):
         return TensorHandle(narrowed(src.data), to)
     return _cast(self, src, dst_type)
+
+
+def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """x·y + z; the product of two float32 is exact in what numpy has that is longer."""
+    wide = x.data.astype(np.longdouble) * y.data.astype(np.longdouble) + z.data.astype(np.longdouble)
+    return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
 
 def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:

@@ -60,12 +60,12 @@ def args_of(case: Case) -> tuple:
     return *args, spec
 
 
-def on_triton(device: str, name: str, case: Case, *args: object, fewest: int = 1) -> object:
-    """In one of the configurations for tiles of at least so many channels, by the case's seed; the result here."""
+def on_triton(device: str, name: str, case: Case, *args: object, like: tuple = ()) -> object:
+    """In one of the configurations, by the case's seed; like: of those that fit this ending. The result here."""
     from nunchaku_py.kernels import linear
 
     def any_of(choices, problem, gpu_here):
-        fitting = choices.ranked((*problem[:-1], max(fewest, problem[-1])), gpu_here)
+        fitting = choices.ranked((*problem[:len(problem) - len(like)], *like), gpu_here)
         return fitting[case.seed % len(fitting)]
 
     chosen, linear.choose = linear.choose, any_of
@@ -162,13 +162,14 @@ def quantizing_ending(device: str, family: str, ending: str, case: Case) -> None
     group = {"nvfp4": 16, "int8": 0, "none": 0}.get(case.next_act, 64)
     inv_smooth, down, following = next_args(replace(case, group=group), width)
     spec = replace(spec, activation=case.activation, gate_first=case.gate_first)
+    like = ("quantize", following.group * (2 if ending == "_glu_quantize" else 1))
     z, _, _ = on_triton(device, family + ending, case, *args, torch.ones_like(inv_smooth), down,
-                        replace(spec, next=ActSpec("none")), fewest=128)
+                        replace(spec, next=ActSpec("none")), like=like)
     y = bounds.linear(*args, spec)
     bounds.assert_rounded_once(z, bounds.glu(y, case) if ending == "_glu_quantize" else
                                bounds.activate(y, case.activation))
     qx, sx, h = on_triton(device, family + ending, case, *args, inv_smooth, down, replace(spec, next=following),
-                          fewest=128)
+                          like=like)
     for mine, want in zip((qx, sx), ops.quantize_act.reference(z, inv_smooth, down, following), strict=False):
         bounds.assert_same(mine, want)
     bounds.assert_rounded_once(h, bounds.product(z, down))
