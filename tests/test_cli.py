@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from nunchaku_py import cli, quantize
+from nunchaku_py.commands.arguments import BACKENDS
 from nunchaku_py.commands.headers import read_header
+from nunchaku_py.ops.registry import ORDER
 from nunchaku_py.quantize import Run
 from tests.tiny_pipelines import flux_prompt
 
@@ -383,6 +385,14 @@ def test_generate_takes_modes_counts_and_16_bit(pipeline: Path, quantized: Path,
     run("generate", quantized, "--prompt", "a cat", *SMALL, "--mode", "a4", "--count", "2", "--out", tmp_path / "x.png")
     run("generate", pipeline, "--prompt", "a cat", *SMALL, "--out", tmp_path / "y.png")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x-0.png", "x-1.png", "y.png"]
+
+
+def test_generate_on_the_backend_asked_for(quantized: Path, tmp_path: Path, refuses):
+    run("generate", quantized, "--prompt", "a cat", *SMALL, "--backend", "torch", "--out", tmp_path / "x.png")
+    said = refuses("generate", quantized, "--prompt", "a cat", *SMALL, "--backend", "triton", "--device", "cpu",
+                   "--out", tmp_path / "y.png")
+    assert "no backend takes this call (triton: the tensors are on cpu)" in said
+    assert BACKENDS == ORDER
 
 
 def test_generate_with_loras(pipeline: Path, quantized: Path, tmp_path: Path, capsys, refuses):

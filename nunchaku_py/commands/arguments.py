@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+BACKENDS = ("cuda", "triton", "cpu", "torch")  # ops.registry.ORDER, without importing torch
 LARGEST_SEED = 2**63 - 1  # of torch.Generator
 
 

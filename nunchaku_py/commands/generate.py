@@ -12,7 +12,7 @@ from typing import Any
 from ..demo import shipped
 from ..errors import NunchakuError
 from ..folders import DENOISERS, read_json
-from .arguments import LARGEST_SEED, whole
+from .arguments import BACKENDS, LARGEST_SEED, whole
 from .sources import (
     Source,
     check_there,
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=whole(1), metavar="N", help="images for the prompt")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the initial noise (default 0)")
     add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"), help="activations of the 4-bit linears")
+    add("--backend", choices=BACKENDS, help="the only one to use for 4-bit linears (default: the first that can)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="of everything else (default: the checkpoint's)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
     add("--out", type=Path, default=Path("image.png"), metavar="FILE",
@@ -63,6 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.backend is None:
+        return _generate(args)
+    from ..ops import backend
+
+    with backend(args.backend):
+        return _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
     source = Source.of(args.pipeline)
     if source.index is None:
         raise NunchakuError(f"{args.pipeline}: is a model alone; generating needs a pipeline (model_index.json)")
