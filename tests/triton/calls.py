@@ -3,6 +3,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 
-def of(target: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    yield from ()
+from nunchaku_py import ops
+from nunchaku_py.ops import AttentionSpec
+
+Named = tuple[str, Callable[[], object]]
+
+
+def of(target: int) -> Iterator[Named]:
+    yield from attention_calls(target)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+def attention_calls(target: int) -> Iterator[Named]:
+    """Self attention of a picture of 1024² with heads of 128 and 64 channels; cross attention to 77 keys."""
+    for products in ("16bit", "fp8") if target >= 89 else ("16bit",):
+        for dtype in (torch.bfloat16, torch.float16):
+            yield attention_call(products, 128, 4608, dtype)
+        yield attention_call(products, 64, 4096)
+        yield attention_call(products, 64, 77)
+        yield attention_call(products, 128, 4600)
+
+
+def attention_call(products: str, dim: int, keys: int, dtype: torch.dtype = torch.bfloat16) -> Named:
+    q, k, v = (torch.empty(1, rows, 24, dim, dtype=dtype).transpose(1, 2) for rows in (4608, keys, keys))
+    spec = AttentionSpec(products)
+
+    def run() -> object:
+        with ops.backend("triton"):
+            return ops.attention(q, k, v, spec)
+
+    return f"attention: {products}, {dim} channels, {keys} keys, {str(dtype).removeprefix('torch.')}", run

@@ -10,6 +10,10 @@ from nunchaku_py.backends.triton import device as gpu
 
 pytest.importorskip("triton")
 
+from tests.triton import interpreter  # noqa: E402
+
+interpreter.teach()
+
 
 @pytest.fixture
 def as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
