@@ -155,9 +155,9 @@ def quantize_keys(
     to_q, to_k = balance(q_square, k_square)
     x = tl.load(k + rows * ks + channel[None, :], mask=there, other=0.0)
     # Rounded, so that it can be multiplied as k is: any vector may be taken off, as long as it is the same everywhere.
-    mean = (exact * to_k).to(x.dtype)
+    mean = tl.broadcast_to((exact * to_k).to(x.dtype)[None, :], (16, D))
     turn = hadamard(D, x.dtype)
-    turned = tl.dot(times(x, to_k), turn) - tl.dot(tl.broadcast_to(mean[None, :], (N, D)), turn)
+    turned = tl.dot(times(x, to_k), turn) - (tl.sum(tl.dot(mean, turn), 0) * 0.0625)[None, :]
     turned = tl.where(there, turned, 0.0)
     top = as_float(tl.max(tl.max(sizes(turned), 1), 0))
     tl.store(k8 + (head * tiles * N + rows) * D + channel[None, :], int8_of(turned * times_for(top, 127.0)))
@@ -281,7 +281,7 @@ def quantized_keys(q: Tensor, k: Tensor, v: Tensor, block: int, fp8: bool) -> Ke
     launch.launch(statistics, (count * PARTS,), q, k, v, parts, *q.stride()[:3], *strides, heads, tokens, keys,
                   part_of(tokens), part_of(keys), warps=4, N=PART_ROWS, **static)
     launch.launch(quantize_keys, (count * tiles,), k, v, parts, *found, *strides, heads, tokens, keys, tiles,
-                  warps=4 if block * dim <= 8192 else 8, N=block, **static)
+                  warps=4 if block * dim <= 4096 else 8, N=block, **static)
     return found
 
 
