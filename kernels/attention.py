@@ -2,9 +2,9 @@
 
     softmax(scale·q·kᵀ) = softmax(scale·(H·r·q)·(H·(k − μ)/r)ᵀ/D)
 
-μ (D): the mean of k over the keys, which shifts all scores of a query alike, so that softmax does not see it; int8 does,
-as channels of k often are far from zero. r (D): makes q and k equally large in each channel. H (D,D): Hadamard's ±1,
-H·Hᵀ = D, spreads what is larger in some channels over all.
+μ (D): the mean of k over the keys, which shifts all scores of a query alike, so that softmax does not see it; int8
+does, as channels of k often are far from zero. r (D): makes q and k equally large in each channel. H (D,D): Hadamard's
+±1, H·Hᵀ = D, spreads what is larger in some channels over all.
 
 Three launches: sums over parts of tokens and keys; k, and v for FP8, quantized; then a block of queries at a time goes
 over all keys, with a running maximum. Sums are made in a fixed order: the same inputs give the same bits.
@@ -128,8 +128,8 @@ def balance(q_square, k_square):
     """What q is multiplied by and k divided: (σ(k)/σ(q))^½, after which both are as large in a channel. A power of two,
     which changes no bit of what it multiplies."""
     known = (q_square > TINY) & (k_square > TINY) & (q_square < float("inf")) & (k_square < float("inf"))
-    ratio = tl.where(known, k_square, 1.0) / tl.where(known, q_square, 1.0)
-    power = tl.floor(0.25 * tl.log2(ratio) + 0.5).to(tl.int32)
+    doubled = tl.log2(tl.where(known, k_square, 1.0)) - tl.log2(tl.where(known, q_square, 1.0))
+    power = tl.floor(0.25 * doubled + 0.5).to(tl.int32)
     power = tl.minimum(tl.maximum(power, -MOST_BALANCED), MOST_BALANCED)
     return ((127 + power) << 23).to(tl.float32, bitcast=True), ((127 - power) << 23).to(tl.float32, bitcast=True)
 
@@ -159,7 +159,7 @@ def quantize_keys(
     turn = hadamard(D, x.dtype)
     turned = tl.dot(times(x, to_k), turn) - (tl.sum(tl.dot(mean, turn), 0) * 0.0625)[None, :]
     turned = tl.where(there, turned, 0.0)
-    top = as_float(tl.max(tl.max(sizes(turned), 1), 0))
+    top = as_float(tl.max(sizes(turned)))
     tl.store(k8 + (head * tiles * N + rows) * D + channel[None, :], int8_of(turned * times_for(top, 127.0)))
     tl.store(sk + head * tiles + tile, tl.math.div_rn(top, 127.0))
     tl.store(rq + head * D + channel, to_q, mask=channel < tl.where(tile == 0, D, 0))

@@ -26,8 +26,8 @@ RATES = {(8, 0): Rates(2048, 0, 1024), (9, 0): Rates(4096, 4096, 2048), (10, 0):
 GEFORCE = Rates(1024, 512, 256)
 WGMMA = (9, 10)  # generations whose products are of four warps together; others: of one, which lie along the queries
 ISSUED = 4  # warps that begin an instruction in a cycle
-# Instructions of a thread, counted in what is compiled for 9.0: for a score (converted, compared, scaled, raised, added,
-# rounded), for an element of the sums, and for a tile.
+# Instructions of a thread, counted in what is compiled for 9.0: for a score (converted, compared, scaled, raised,
+# added, rounded), for an element of the sums, and for a tile.
 PER_SCORE, PER_SUM, PER_TILE = 6.2, 1.0, 100.0
 L2_BYTES = 24  # that a processor gets of the L2 cache in a cycle, when all ask: 5.5 TB/s of an H100
 CLOCK, LAUNCH = 1.7e9, 2e-6

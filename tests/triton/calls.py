@@ -1,4 +1,4 @@
-"""The calls that are compiled ahead of time: every op in what it can be asked for, for each target in what runs there."""
+"""The calls that are compiled ahead of time: every op in what it can be asked for, for each target what runs there."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,10 @@
 """The Triton kernels run by its interpreter on tensors of this machine, taken for those of a GPU."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from nunchaku_py.backends.triton import device as gpu
 pytest.importorskip("triton")
 
 from tests.triton import interpreter  # noqa: E402
+from tests.triton.compiling import Compiled, compiled_for  # noqa: E402
 
 interpreter.teach()
 
@@ -53,4 +56,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda"
         return
     request.getfixturevalue("as_gpu")
-    yield "cpu"
+    with np.errstate(all="ignore"):  # NaN and infinities are asked for
+        yield "cpu"
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Compiled]]:
+    """target → all that tests/triton/calls.py launches, compiled for it once a session."""
+    folder = tmp_path_factory.mktemp("compiled")
+    return cache(lambda target: compiled_for(target, folder / f"{target}.json"))
