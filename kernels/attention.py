@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nunchaku_py.ops.attention import empty_output
 from nunchaku_py.ops.spec import AttentionSpec
 
 from . import launch
@@ -286,8 +287,8 @@ def quantized_keys(q: Tensor, k: Tensor, v: Tensor, block: int, fp8: bool) -> Ke
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, fp8: bool, config: Config | None = None) -> Tensor:
-    """o (B,H,T,D), laid out as torch.empty_like(q), with P·V in FP8 or in the dtype of q."""
-    gpu, o = gpu_of(q), torch.empty_like(q)
+    """o (B,H,T,D), laid out as the op says, with P·V in FP8 or in the dtype of q."""
+    gpu, o = gpu_of(q), empty_output(q)
     (batch, heads, tokens, dim), keys = q.shape, k.shape[2]
     config = config or choose(CHOICES, problem_of(batch * heads, tokens, keys, dim, fp8), gpu)
     if not o.numel():

@@ -1,7 +1,6 @@
 """attention: softmax(scale·q·kᵀ)·v."""
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,11 +12,20 @@ from .spec import AttentionSpec
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """o (B,H,T,D) = softmax(scale·q·kᵀ)·v over q (B,H,T,D), k and v (B,H,S,D), rounded to the dtype of q.
 
-    o lies in memory as torch.empty_like(q) does: where q is a view of (B,T,H,D), as diffusers' are, so is o.
+    o is dense, as (B,T,H,D) where the heads of a token are nearer in q than its tokens, as in diffusers; else as
+    (B,H,T,D).
     """
     found = F.scaled_dot_product_attention(q, k, v, scale=spec.scale_of(q.shape[-1]))
-    o = torch.empty_like(q)
+    o = empty_output(q)
     return found if found.stride() == o.stride() else o.copy_(found)
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """o (B,H,T,D), of which the strides follow from those of q (torch.empty_like's do not where a size is 1)."""
+    if q.stride(1) >= q.stride(2):
+        return q.new_empty(q.shape)
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
@@ -33,7 +41,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    return torch.empty_like(q)
+    return empty_output(q)
 
 
 attention = Op(attention, _fake, _check)
