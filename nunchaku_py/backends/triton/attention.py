@@ -7,7 +7,7 @@ from torch import Tensor
 from ... import ops
 from ...ops.spec import AttentionSpec, Products
 from . import device as gpu
-from .device import OLDEST_FP8, kernels, refuses_device, refuses_dtype
+from .device import OLDEST_FP8, kernels, refuses_dtype
 
 HEAD_DIMS = (64, 128)
 
@@ -27,6 +27,11 @@ def refuses_products(products: Products, device: torch.device) -> str | None:
     return "FP8 needs compute capability {}.{}, this GPU has {}.{}".format(*OLDEST_FP8, *gpu.capability_of(device))
 
 
+def refuses_kind(device: torch.device, dtype: torch.dtype, dim: int, products: Products) -> str | None:
+    """What does not depend on tensors, but on what they are like."""
+    return gpu.refuses_place(device) or refuses_head(dtype, dim) or refuses_products(products, device)
+
+
 def refuses_memory(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What is asked of the tensors themselves."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -38,8 +43,7 @@ def refuses_memory(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> str | None:
-    return (refuses_device(q) or refuses_head(q.dtype, q.shape[-1]) or refuses_products(spec.products, q.device)
-            or refuses_memory(q, k, v))
+    return refuses_kind(q.device, q.dtype, q.shape[-1], spec.products) or refuses_memory(q, k, v)
 
 
 @ops.attention.backend("triton", _refuses)
