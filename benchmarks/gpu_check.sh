@@ -5,17 +5,19 @@
 #   info       what it finds
 #   tests      those that need a GPU
 #   ops        benchmark of single linears, and its bars     OUT/ops.csv
+#   attention  8-bit attention beside torch's                OUT/attention.csv
 #   lora       what adapters cost a linear                   OUT/lora.csv
 #   pipeline   benchmark of one step of FLUX.1               OUT/pipeline.csv
 #   sdxl       the same of SDXL's UNet                       OUT/sdxl.csv
 #   memcheck   the kernels' tests under compute-sanitizer: accesses out of bounds
 #   racecheck  the same: races in shared memory
 #
-# All of them, in this order, or those named. The limits of all steps are more than ten minutes together; those of these
-# two calls are not, and the second uses what the first has built:
+# All of them, in this order, or those named. The limits of all steps are more than ten minutes together; those of each
+# of these calls are not, and the second uses what the first has built:
 #
 #   benchmarks/gpu_check.sh OUT build info tests memcheck racecheck      whether it is right
 #   benchmarks/gpu_check.sh OUT2 ops lora pipeline sdxl                  how fast it is
+#   benchmarks/gpu_check.sh OUT3 attention                               how fast Triton's kernels are
 #
 # What is printed goes into OUT/log.txt too; its first line names the GPU, the versions and the commit. What is needed:
 # torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja, pytest, and diffusers for whole models;
@@ -23,7 +25,7 @@
 # SECONDS_IN_ALL (default 570) how long all may take: a step is stopped at its own limit or at this one. A later step
 # runs also where an earlier one failed; the exit status says whether all that ran succeeded.
 set -uo pipefail
-ALL="build info tests ops lora pipeline sdxl memcheck racecheck"
+ALL="build info tests ops attention lora pipeline sdxl memcheck racecheck"
 out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
 shift
 steps=${*:-$ALL}
@@ -87,6 +89,7 @@ check() {
   step tests 130 "$python" -m pytest -q -m gpu
   # What each is to have done by itself comes before its limit: a compilation that has begun is finished.
   step ops 160 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv" --seconds 130
+  step attention 120 "$python" -m benchmarks.gpu_attention --out "$out/attention.csv" --seconds 90
   step lora 50 "$python" -m benchmarks.lora speed --device cuda --seconds 2 --out "$out/lora.csv"
   step pipeline 210 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" \
     --seconds "${PIPELINE_SECONDS:-150}"

@@ -56,22 +56,22 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_all_steps_in_order_for_the_gpu_found(tmp_path: Path) -> None:
     answer = Answer(tmp_path, (), sanitizer=SANITIZER)
     assert answer.status == 0 and answer.log.startswith("NVIDIA Fake (8.9), driver 1\n")
-    assert answer.begun == ["build", "info", "tests", "ops", "lora", "pipeline", "sdxl", "memcheck", "racecheck"]
+    assert answer.begun == ["build", "info", "tests", "ops", "attention", "lora", "pipeline", "sdxl", "memcheck", "racecheck"]
     assert "setup.py -q build_ext --inplace on native" in answer.log
-    for name in ("ops", "pipeline", "sdxl"):
+    for name in ("ops", "attention", "pipeline", "sdxl"):
         assert f"--out {tmp_path / f'out/{name}.csv'}" in answer.log
     for tool in ("memcheck", "racecheck"):
         assert f"sanitizer --tool {tool} --error-exitcode 1 --target-processes all" in answer.log
     assert answer.log.count("caching off: 1") == 2
 
 
-def test_every_step_is_in_one_of_two_calls_that_fit_their_time(tmp_path: Path) -> None:
+def test_every_step_is_in_one_of_the_calls_that_fit_their_time(tmp_path: Path) -> None:
     calls = re.findall(r"^#   benchmarks/gpu_check.sh \w+ ([\w ]+?)  ", SCRIPT.read_text(), re.MULTILINE)
     named = [call.split() for call in calls]
     answer = Answer(tmp_path, (), sanitizer=SANITIZER, SECONDS_IN_ALL="9999")
     told = re.findall(r"^== (\w+) \(at most (\d+) s\)", answer.log, re.MULTILINE)
     limits = {name: int(limit) for name, limit in told}
-    assert len(named) == 2 and sorted(sum(named, [])) == sorted(answer.begun) == sorted(limits)
+    assert len(named) == 3 and sorted(sum(named, [])) == sorted(answer.begun) == sorted(limits)
     assert all(sum(limits[name] for name in call) <= 570 for call in named)
 
 
