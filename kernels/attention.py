@@ -6,8 +6,8 @@
 does, as channels of k often are far from zero. r (D): makes q and k equally large in each channel. H (D,D): Hadamard's
 ±1, H·Hᵀ = D, spreads what is larger in some channels over all.
 
-Three launches: sums over parts of tokens and keys; k, and v for FP8, quantized; then a block of queries at a time goes
-over all keys, with a running maximum. Sums are made in a fixed order: the same inputs give the same bits.
+Four launches: sums over parts of tokens and keys; k, and v for FP8, quantized; q; then a block of queries at a time
+goes over all keys, with a running maximum. Sums are made in a fixed order: the same inputs give the same bits.
 """
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .config import Config, blocks, choose
 from .gpu import gpu_of
 
 PARTS = 16  # of the keys, whose sums are made at once
+QUERIES = 64  # that a block quantizes
 PART_ROWS = 32  # rows that are added to a sum at a time
 LOG2_E = math.log2(math.e)
 WHOLE = tl.constexpr(12582912.0)  # 1.5·2^23: the last bits of x + WHOLE are x rounded half to even, in two's complement
@@ -174,13 +175,21 @@ def quantize_keys(
 
 # -------------------------------------------------------------------------------------------------------------- queries
 @triton.jit
-def quantize_queries(q, rq, rows, tokens, qs, scale, D: tl.constexpr):
-    """int8 (M,D) of H·q·r·scale, with a scale for each row."""
-    channel = tl.arange(0, D)
-    x = tl.load(q + rows[:, None].to(tl.int64) * qs + channel[None, :], mask=rows[:, None] < tokens, other=0.0)
-    turned = tl.dot(times(x, tl.load(rq + channel)), hadamard(D, x.dtype)) * scale
+def quantize_queries(
+    q, rq, q8, sq, qb, qh, qs, heads, tokens, tiles, scale, D: tl.constexpr, M: tl.constexpr,
+):
+    """q8 (B·H,T,D) int8 of H·q·r·scale, with sq (B·H,T) fp32 a scale for each token."""
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    channel, row = tl.arange(0, D), tile * M + tl.arange(0, M)
+    there = row < tokens
+    q += head // heads * qb + head % heads * qh
+    x = tl.load(q + row[:, None].to(tl.int64) * qs + channel[None, :], mask=there[:, None], other=0.0)
+    turned = tl.dot(times(x, tl.load(rq + head * D + channel)), hadamard(D, x.dtype)) * scale
     top = as_float(tl.max(sizes(turned), 1))
-    return int8_of(turned * times_for(top, 127.0)[:, None]), tl.math.div_rn(top, 127.0)
+    to = head * tokens + row
+    codes = int8_of(turned * times_for(top, 127.0)[:, None])
+    tl.store(q8 + to[:, None] * D + channel[None, :], codes, mask=there[:, None])
+    tl.store(sq + to, tl.math.div_rn(top, 127.0), mask=there)
 
 
 @triton.jit
@@ -221,36 +230,39 @@ def add_keys(
 
 @triton.jit
 def attend(
-    q, k8, sk, v, v8, sv, rq, o, qb, qh, qs, vb, vh, vs, ob, oh, os, heads, tokens, keys, padded, scale,
+    q8, sq, k8, sk, v, v8, sv, o, vb, vh, vs, ob, oh, os, heads, tokens, keys, padded,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, IMPRECISE: tl.constexpr, TAIL: tl.constexpr,
 ):
     """o (B,H,T,D) for M queries of one head. FP8: v8 and sv are read, else v. TAIL: the last N keys are not whole."""
     tiles = tl.cdiv(tokens, M)
     tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     batch, own = head // heads, head % heads
-    q, v, o = q + batch * qb + own * qh, v + batch * vb + own * vh, o + batch * ob + own * oh
+    v, o = v + batch * vb + own * vh, o + batch * ob + own * oh
     k8, v8, sk = k8 + head * padded * D, v8 + head * padded * D, sk + head * (padded // N)
     rows, channel = tile * M + tl.arange(0, M), tl.arange(0, D)
-    q8, sq = quantize_queries(q, rq + head * D, rows, tokens, qs, scale, D)
+    there = rows < tokens
+    own_q8 = tl.load(
+        q8 + (head * tokens + rows[:, None]) * D + channel[None, :], mask=there[:, None], other=0)
+    own_sq = tl.load(sq + head * tokens + rows, mask=there, other=0.0)
     acc, total = tl.zeros((M, D), tl.float32), tl.zeros((M,), tl.float32)
     most = tl.full((M,), -float("inf"), tl.float32)
     whole = keys // N * N
     for start in range(0, whole, N):
         acc, total, most = add_keys(
-            q8, sq, k8, sk, v, v8, start, keys, padded, vs, acc, total, most, D, N, FP8, IMPRECISE, False)
+            own_q8, own_sq, k8, sk, v, v8, start, keys, padded, vs, acc, total, most, D, N, FP8, IMPRECISE, False)
     if TAIL:
         acc, total, most = add_keys(
-            q8, sq, k8, sk, v, v8, whole, keys, padded, vs, acc, total, most, D, N, FP8, IMPRECISE, True)
+            own_q8, own_sq, k8, sk, v, v8, whole, keys, padded, vs, acc, total, most, D, N, FP8, IMPRECISE, True)
     acc *= tl.math.div_rn(1.0, total)[:, None]
     if FP8:
         acc *= tl.load(sv + head * D + channel)[None, :]
     to = o + rows[:, None].to(tl.int64) * os + channel[None, :]
-    tl.store(to, acc.to(o.dtype.element_ty), mask=rows[:, None] < tokens)
+    tl.store(to, acc.to(o.dtype.element_ty), mask=there[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
 class Keys(NamedTuple):
-    """What the queries' kernel reads of k and v, and rq, by which it multiplies q."""
+    """What the queries' kernel reads of k and v; and rq, by which q is multiplied."""
 
     k8: Tensor
     sk: Tensor
@@ -286,6 +298,16 @@ def quantized_keys(q: Tensor, k: Tensor, v: Tensor, block: int, fp8: bool) -> Ke
     return found
 
 
+def quantized_queries(q: Tensor, rq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q8 (B·H,T,D) and sq (B·H,T), in which scores are powers of two."""
+    batch, heads, tokens, dim = q.shape
+    count, tiles = batch * heads, blocks(tokens, QUERIES)
+    q8, sq = q.new_empty((count, tokens, dim), dtype=torch.int8), rq.new_empty(count, tokens)
+    launch.launch(quantize_queries, (count * tiles,), q, rq, q8, sq, *q.stride()[:3], heads, tokens, tiles,
+                  scale * LOG2_E / dim, warps=4 if QUERIES * dim <= 4096 else 8, D=dim, M=QUERIES)
+    return q8, sq
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, fp8: bool, config: Config | None = None) -> Tensor:
     """o (B,H,T,D), laid out as the op says, with P·V in FP8 or in the dtype of q."""
     gpu, o = gpu_of(q), empty_output(q)
@@ -294,11 +316,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, fp8: bool, c
     if not o.numel():
         return o
     found = quantized_keys(q, k, v, config.n, fp8)
+    q8, sq = quantized_queries(q, found.rq, spec.scale_of(dim))
     # On 9.0 a product's own sum is in fp32 where nothing else is asked for; elsewhere it would be begun from acc.
     imprecise = None if gpu.capability[0] == 9 else config.n
     launch.launch(
-        attend, (batch * heads * blocks(tokens, config.m),), q, found.k8, found.sk, v, found.v8, found.sv, found.rq, o,
-        *q.stride()[:3], *v.stride()[:3], *o.stride()[:3], heads, tokens, keys, found.k8.shape[1],
-        spec.scale_of(dim) * LOG2_E / dim, warps=config.warps, stages=config.stages, D=dim, M=config.m, N=config.n,
+        attend, (batch * heads * blocks(tokens, config.m),), q8, sq, found.k8, found.sk, v, found.v8, found.sv, o,
+        *v.stride()[:3], *o.stride()[:3], heads, tokens, keys, found.k8.shape[1], warps=config.warps, stages=config.stages, D=dim, M=config.m, N=config.n,
         FP8=fp8, IMPRECISE=imprecise, TAIL=keys % config.n != 0)
     return o

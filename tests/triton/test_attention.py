@@ -57,13 +57,7 @@ def large_in_v(q: Tensor, k: Tensor, v: Tensor) -> None:
     v[..., [5, 20]] *= 20
 
 
-def tokens_far_apart(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Some queries are much larger than others."""
-    q[:, ::5] *= 6
-
-
-HARD = (k_far_from_zero, k_far_and_q_large, large_in_q, large_in_k, large_in_both, large_in_the_same, large_in_v,
-        tokens_far_apart)
+HARD = (k_far_from_zero, k_far_and_q_large, large_in_q, large_in_k, large_in_both, large_in_the_same, large_in_v)
 
 
 def heads_first(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -121,6 +115,17 @@ def test_outliers_in_float16(device):
         harden(*tensors)
     q, k, v = heads_first(tensors, torch.float16)
     assert_near(run(q, k, v, "16bit"), exact(q, k, v), "16bit")
+
+
+@pytest.mark.parametrize("products, most", [("16bit", 0.035), ("fp8", 0.05)])
+def test_sharp_scores(products, most, device):
+    """Some queries are six times as large as others, and so are the errors of their scores: 0.055 of a power of e where
+    the scores of those are off by 0.009. What is left of them in o is less, as one key has nearly all of the weight."""
+    tensors = drawn(60, 300, 64, device)
+    tensors[0][:, ::5] *= 6
+    q, k, v = heads_first(tensors, torch.bfloat16)
+    error, cosine = errors(run(q, k, v, products), exact(q, k, v))
+    assert error < most and cosine > 0.998
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

@@ -13,9 +13,8 @@ FP8_TARGETS = tuple(target for target in TARGETS if target >= 89)
 INT8 = {90: "wgmma.mma_async.sync.aligned.m64"}
 FP8 = {90: ("wgmma.mma_async", ".f32.e4m3.e4m3"), 100: ("tcgen05.mma", "kind::f8f6f4")}
 HALF = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# Bytes of a thread in local memory, which nothing of a loop needs: at 12.0 and 10.0 FP8's second set of sums leaves no
-# register free while the first is written.
-MOST_STACK = {100: 32, 120: 64}
+# Bytes of a thread in local memory, at 10.0 in FP8 where the last keys are not a whole tile; elsewhere nothing spills.
+MOST_STACK = {100: 192}
 
 Found = Callable[[int], list[Compiled]]
 
@@ -49,7 +48,7 @@ def test_p_and_v_are_multiplied_in_16_bit(compiled, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", ["statistics", "quantize_keys", "attend"])
+@pytest.mark.parametrize("kernel", ["statistics", "quantize_keys", "quantize_queries", "attend"])
 def test_registers_suffice(compiled, target, kernel):
     for one in kernels_of(compiled, target, kernel):
         assert one.stack <= (MOST_STACK.get(target, 0) if kernel == "attend" else 0), one
