@@ -241,8 +241,7 @@ def attend(
     k8, v8, sk = k8 + head * padded * D, v8 + head * padded * D, sk + head * (padded // N)
     rows, channel = tile * M + tl.arange(0, M), tl.arange(0, D)
     there = rows < tokens
-    own_q8 = tl.load(
-        q8 + (head * tokens + rows[:, None]) * D + channel[None, :], mask=there[:, None], other=0)
+    own_q8 = tl.load(q8 + (head * tokens + rows[:, None]) * D + channel[None, :], mask=there[:, None], other=0)
     own_sq = tl.load(sq + head * tokens + rows, mask=there, other=0.0)
     acc, total = tl.zeros((M, D), tl.float32), tl.zeros((M,), tl.float32)
     most = tl.full((M,), -float("inf"), tl.float32)
@@ -321,6 +320,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, fp8: bool, c
     imprecise = None if gpu.capability[0] == 9 else config.n
     launch.launch(
         attend, (batch * heads * blocks(tokens, config.m),), q8, sq, found.k8, found.sk, v, found.v8, found.sv, o,
-        *v.stride()[:3], *o.stride()[:3], heads, tokens, keys, found.k8.shape[1], warps=config.warps, stages=config.stages, D=dim, M=config.m, N=config.n,
-        FP8=fp8, IMPRECISE=imprecise, TAIL=keys % config.n != 0)
+        *v.stride()[:3], *o.stride()[:3], heads, tokens, keys, found.k8.shape[1], warps=config.warps,
+        stages=config.stages, D=dim, M=config.m, N=config.n, FP8=fp8, IMPRECISE=imprecise, TAIL=keys % config.n != 0)
     return o
