@@ -316,7 +316,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, fp8: bool, c
         return o
     found = quantized_keys(q, k, v, config.n, fp8)
     q8, sq = quantized_queries(q, found.rq, spec.scale_of(dim))
-    # On 9.0 a product's own sum is in fp32 where nothing else is asked for; elsewhere it would be begun from acc.
+    # Triton begins the sum of a product from what it is added to, but for FP8 on 9.0; and anywhere where it is told
+    # that tensor cores may add so many products with few bits: then the product has a sum of its own.
     imprecise = None if gpu.capability[0] == 9 else config.n
     launch.launch(
         attend, (batch * heads * blocks(tokens, config.m),), q8, sq, found.k8, found.sk, v, found.v8, found.sv, o,
