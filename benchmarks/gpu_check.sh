@@ -3,8 +3,10 @@
 #
 #   build      the native module, for the GPU found
 #   info       what it finds
-#   tests      those that need a GPU
+#   tests      those that need a GPU, without Triton's
+#   triton     those of the Triton kernels
 #   tune       the Triton kernels' configurations, measured  OUT/tuned.json
+#   attention  8-bit attention beside torch's                OUT/attention.csv
 #   ops        benchmark of single linears, and its bars     OUT/ops.csv
 #   lora       what adapters cost a linear                   OUT/lora.csv
 #   pipeline   benchmark of one step of FLUX.1               OUT/pipeline.csv
@@ -16,8 +18,8 @@
 # of these calls are not, and the later ones use what the first has built and the second has measured:
 #
 #   benchmarks/gpu_check.sh OUT build info tests memcheck racecheck      whether it is right
-#   benchmarks/gpu_check.sh OUT2 tune ops lora                           how fast its linears are
-#   benchmarks/gpu_check.sh OUT3 pipeline sdxl                           how fast whole models are
+#   benchmarks/gpu_check.sh OUT2 triton tune attention ops               Triton's kernels, and how fast linears are
+#   benchmarks/gpu_check.sh OUT3 lora pipeline sdxl                      how fast whole models are
 #
 # What is printed goes into OUT/log.txt too; its first line names the GPU, the versions and the commit. What is needed:
 # torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja, pytest, and diffusers for whole models;
@@ -25,7 +27,7 @@
 # SECONDS_IN_ALL (default 570) how long all may take: a step is stopped at its own limit or at this one. A later step
 # runs also where an earlier one failed; the exit status says whether all that ran succeeded.
 set -uo pipefail
-ALL="build info tests tune ops lora pipeline sdxl memcheck racecheck"
+ALL="build info tests triton tune attention ops lora pipeline sdxl memcheck racecheck"
 out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
 shift
 steps=${*:-$ALL}
@@ -86,9 +88,11 @@ check() {
   export NUNCHAKU_PY_CUDA=1 NUNCHAKU_PY_CUDA_TARGETS=native
   step build 220 "$python" setup.py -q build_ext --inplace
   step info 20 "$python" -m nunchaku_py info
-  step tests 130 "$python" -m pytest -q -m gpu
+  step tests 130 "$python" -m pytest -q -m gpu --ignore tests/triton
+  step triton 180 "$python" -m pytest -q -m gpu tests/triton
   # What each is to have done by itself comes before its limit: a compilation that has begun is finished.
   step tune 120 "$python" -m nunchaku_py tune --rows 4608,4096,512 --seconds 100 --out "$out/tuned.json"
+  step attention 110 "$python" -m benchmarks.gpu_attention --out "$out/attention.csv" --seconds 85
   step ops 160 "$python" -m benchmarks.gpu_ops --out "$out/ops.csv" --seconds 130
   step lora 50 "$python" -m benchmarks.lora speed --device cuda --seconds 2 --out "$out/lora.csv"
   step pipeline 210 "$python" -m benchmarks.gpu_pipeline --out "$out/pipeline.csv" \

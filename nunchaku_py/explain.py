@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .attention_backend import attention_lines
 from .errors import NunchakuError
 from .fold_report import fold_errors
 from .fusion import modules_of
@@ -52,18 +53,20 @@ class PatternUse:
 
 
 class Explanations(list[Explanation]):
-    """A list that prints one sentence a line, those of modes and of the fold before it; then those of the patterns, and
-    of the adapters that are on. folds: what folding to INT8 changes in each weight that is made for 4-bit activations,
-    relative to it; of several models with the component's name in front."""
+    """A list that prints one sentence a line, those of modes and of the fold before it; then those of the patterns, of
+    the adapters that are on, and of attention where it is set to a backend of ours. folds: what folding to INT8 changes
+    in each weight that is made for 4-bit activations, relative to it; of several models with the component's name in
+    front."""
 
     modes: list[str]
     folds: dict[str, float]
     patterns: list[PatternUse]
     adapters: list[str]
+    attention: list[str]
 
     def __str__(self) -> str:
         fold = fold_lines(list(self.folds.values()))
-        return "\n".join(map(str, [*self.modes, *fold, *self, *self.patterns, *self.adapters]))
+        return "\n".join(map(str, [*self.modes, *fold, *self, *self.patterns, *self.adapters, *self.attention]))
 
 
 @torch.no_grad()
@@ -85,6 +88,7 @@ def explain(target: object, rows: int = 64) -> Explanations:
     found.folds = {(f"{component}.{name}" if len(models) > 1 else name): error
                    for component, model in components.items() for name, error in fold_errors(model).items()}
     found.patterns, found.adapters = _explain_patterns(models), _explain_adapters(models)
+    found.attention = [line for model in models for line in attention_lines(model)]
     return found
 
 

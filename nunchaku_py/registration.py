@@ -60,6 +60,8 @@ def register() -> None:
     after_import("peft.utils.hotswap", lambda module: _lora("dispatch").attach_hotswap(module))
     after_import("diffusers.loaders.peft", lambda module: _lora("patches").attach_models(module))
     after_import("diffusers.loaders.lora_pipeline", lambda module: _lora("patches").attach_pipelines(module))
+    after_import("diffusers.models.attention_dispatch",
+                 lambda module: importlib.import_module("nunchaku_py.attention_backend").attach(module))
     after_import("diffusers.models.transformers.pixart_transformer_2d",
                  lambda module: _lora("lending").lend_to_model(module))
     for version in ("alpha", "sigma"):

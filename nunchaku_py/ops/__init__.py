@@ -24,10 +24,10 @@ from .linear_w4a16 import (
 from .norm_modulate_quantize import norm_modulate_quantize
 from .quantize_act import quantize_act
 from .registry import OPS, Call, Op, backend, together
-from .spec import ActSpec, LinearSpec
+from .spec import ActSpec, AttentionSpec, LinearSpec
 
 __all__ = [
-    "OPS", "ActSpec", "Call", "LinearSpec", "Op", "attention", "backend", "together",
+    "OPS", "ActSpec", "AttentionSpec", "Call", "LinearSpec", "Op", "attention", "backend", "together",
     "linear_w4a16", "linear_w4a16_gate_residual", "linear_w4a16_gelu_quantize", "linear_w4a16_glu_quantize",
     "linear_w4a16_qkv_rope",
     "linear_w4a4", "linear_w4a4_gate_residual", "linear_w4a4_gelu_quantize", "linear_w4a4_glu_quantize",

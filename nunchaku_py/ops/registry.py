@@ -12,14 +12,14 @@ import torch
 
 from ..errors import NunchakuError
 from ..precision import without_autocast
-from .spec import ActSpec, LinearSpec
+from .spec import ActSpec, AttentionSpec, LinearSpec
 
 ORDER = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT = "NUNCHAKU_PY_BACKEND"
 _NONE = ""
 OPS: dict[str, Op] = {}
 _LIBRARY = torch.library.Library("nunchaku_py", "DEF")
-_SPECS = {"ActSpec": ActSpec, "LinearSpec": LinearSpec}
+_SPECS = {"ActSpec": ActSpec, "AttentionSpec": AttentionSpec, "LinearSpec": LinearSpec}
 _forced: ContextVar[str | None] = ContextVar("nunchaku_py_backend", default=None)
 Refusal = Callable[..., "str | None"]
 Together = Callable[[Sequence[tuple]], list]

@@ -5,6 +5,7 @@ A spec travels through torch.compile as its `token`, a string that `parse` turns
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -16,6 +17,7 @@ ActName = Literal["int4", "uint4", "nvfp4", "int8", "none"]
 WeightName = Literal["int4", "uint4", "nvfp4", "int8"]
 Norm = Literal["none", "layer", "rms"]
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
+Products = Literal["auto", "fp8", "16bit"]
 _Spec = TypeVar("_Spec", bound="_Token")
 # Layouts of tensors: codes and scales in rows, as files hold them; or codes in rows, and scales as the threads of a
 # tensor core instruction read them, which multiplies 64 inputs at a time (csrc/cuda/common/scales.h).
@@ -35,7 +37,7 @@ def mma_scales(format: str, rows: int, k: int) -> tuple[int, ...]:
 
 
 class _Token:
-    """What both specs share: checked literals, and a token computed once."""
+    """What all specs share: checked literals, and a token computed once."""
 
     token: str
 
@@ -136,3 +138,25 @@ class LinearSpec(_Token):
     @property
     def layouts(self) -> tuple[str, ...]:
         return (self.layout, self.act.layout, *(self.next.layouts if self.next else ()))
+
+
+@dataclass(frozen=True)
+class AttentionSpec(_Token):
+    """How attention may be computed. `products`: what P·V is multiplied in by backends that quantize, of which "auto"
+    takes FP8 where the GPU has it and 16 bit elsewhere; `scale`: of the scores, 1/√(head dim) if it is None."""
+
+    products: Products = "auto"
+    scale: float | None = None
+    token: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise NunchakuError(f"AttentionSpec.scale: expected a finite number, got {self.scale}")
+
+    def scale_of(self, head_dim: int) -> float:
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return ()

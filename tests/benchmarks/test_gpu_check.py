@@ -56,11 +56,11 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_all_steps_in_order_for_the_gpu_found(tmp_path: Path) -> None:
     answer = Answer(tmp_path, (), sanitizer=SANITIZER)
     assert answer.status == 0 and answer.log.startswith("NVIDIA Fake (8.9), driver 1\n")
-    assert answer.begun == ["build", "info", "tests", "tune", "ops", "lora", "pipeline", "sdxl", "memcheck",
-                            "racecheck"]
+    assert answer.begun == ["build", "info", "tests", "triton", "tune", "attention", "ops", "lora", "pipeline", "sdxl",
+                            "memcheck", "racecheck"]
     assert "setup.py -q build_ext --inplace on native" in answer.log
     assert f"nunchaku_py tune --rows 4608,4096,512 --seconds 100 --out {tmp_path / 'out/tuned.json'}" in answer.log
-    for name in ("ops", "pipeline", "sdxl"):
+    for name in ("ops", "attention", "pipeline", "sdxl"):
         assert f"--out {tmp_path / f'out/{name}.csv'}" in answer.log
     for tool in ("memcheck", "racecheck"):
         assert f"sanitizer --tool {tool} --error-exitcode 1 --target-processes all" in answer.log

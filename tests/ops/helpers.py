@@ -2,7 +2,7 @@
 import torch
 
 from nunchaku_py.formats import decode, fold_int8, format_of
-from nunchaku_py.ops import OPS, ActSpec, LinearSpec
+from nunchaku_py.ops import OPS, ActSpec, AttentionSpec, LinearSpec
 from nunchaku_py.ops.quantize_act import unpack
 from nunchaku_py.tensor import QTensor
 
@@ -65,7 +65,8 @@ def op_args(name, shape=SHAPES[0], dtype=torch.bfloat16, act=None, weight_format
     """Arguments of any op by name."""
     m, k, _, rank = shape
     if name == "attention":
-        return tuple(torch.randn(2, 3, tokens, 8).to(dtype) for tokens in (m, 7, 7))
+        q, k, v = (torch.randn(2, tokens, 3, 8).to(dtype).transpose(1, 2) for tokens in (m, 7, 7))  # as diffusers' are
+        return q, k, v, AttentionSpec()
     if name in ("quantize_act", "norm_modulate_quantize"):
         act = ACTS[act or "int4"]
         x, inv_smooth, down = activation(m, k, rank, act, dtype)

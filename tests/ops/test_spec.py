@@ -3,7 +3,7 @@ import pytest
 
 from nunchaku_py.errors import NunchakuError
 from nunchaku_py.formats import INT4, NVFP4
-from nunchaku_py.ops import ActSpec, LinearSpec
+from nunchaku_py.ops import ActSpec, AttentionSpec, LinearSpec
 
 SPECS = [
     ActSpec("int4", 64),
@@ -12,6 +12,8 @@ SPECS = [
     LinearSpec("int4", 64, 3072, ActSpec("int4", 64)),
     LinearSpec("nvfp4", 16, 131, ActSpec("nvfp4", 16), layout="tiles", activation="silu", gate_first=True,
                next=ActSpec("int8"), head_dim=128, eps=1e-5),
+    AttentionSpec(),
+    AttentionSpec("fp8", scale=0.1),
 ]
 
 
@@ -36,6 +38,8 @@ def test_formats_and_layouts():
     (lambda: ActSpec("int4", 64, norm="batch"), "ActSpec.norm: expected one of none, layer, rms, got 'batch'"),
     (lambda: LinearSpec("none", 0, 1, SPECS[0]), "LinearSpec.weight: expected one of int4, uint4, nvfp4, int8"),
     (lambda: LinearSpec("int4", 64, 1, SPECS[0], activation="relu"), "LinearSpec.activation: .* got 'relu'"),
+    (lambda: AttentionSpec("int8"), "AttentionSpec.products: expected one of auto, fp8, 16bit, got 'int8'"),
+    (lambda: AttentionSpec(scale=float("nan")), "AttentionSpec.scale: expected a finite number, got nan"),
 ])
 def test_unknown_words_are_refused(make, sentence):
     with pytest.raises(NunchakuError, match=sentence):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nunchaku_py import ops
-from nunchaku_py.ops import ActSpec, LinearSpec
+from nunchaku_py.ops import ActSpec, AttentionSpec, LinearSpec
 from tests.ops.helpers import ACTS, ENDINGS
 
 Named = tuple[str, Callable[[], object]]
@@ -21,6 +21,7 @@ GROUPS = {"int4": 64, "uint4": 64, "nvfp4": 16, "int8": 0}
 def of(target: int) -> Iterator[Named]:
     yield from quantizing_calls()
     yield from linear_calls(target)
+    yield from attention_calls(target)
 
 
 # ----------------------------------------------------------------------------------------------------------- quantizing
@@ -114,3 +115,28 @@ def ended(ending: str, m: int, following: str, dtype: torch.dtype) -> tuple[tupl
     width = N // 2 if ending == "_glu_quantize" else N
     more = {"activation": "silu" if width < N else "gelu_tanh", "next": ACTS[following]}
     return (torch.zeros(width), torch.zeros(R, width, dtype=dtype)), more
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+def attention_calls(target: int) -> Iterator[Named]:
+    """Self attention of a picture of 1024² with heads of 128 and 64 channels; cross attention to 77 keys; and one of
+    everything, as sizes of 1 are constants to Triton."""
+    for products in ("16bit", "fp8") if target >= 89 else ("16bit",):
+        for dtype in (torch.bfloat16, torch.float16):
+            yield attention_call(products, 128, 4608, dtype)
+        yield attention_call(products, 64, 4096)
+        yield attention_call(products, 64, 77)
+        yield attention_call(products, 128, 4600)
+        yield attention_call(products, 64, 1, tokens=1, heads=1)
+
+
+def attention_call(products: str, dim: int, keys: int, dtype: torch.dtype = torch.bfloat16, tokens: int = 4608,
+                   heads: int = 24) -> Named:
+    q, k, v = (torch.empty(1, rows, heads, dim, dtype=dtype).transpose(1, 2) for rows in (tokens, keys, keys))
+    spec = AttentionSpec(products)
+
+    def run() -> object:
+        with ops.backend("triton"):
+            return ops.attention(q, k, v, spec)
+
+    return f"attention: {products}, {dim} channels, {keys} keys, {str(dtype).removeprefix('torch.')}", run

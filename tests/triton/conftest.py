@@ -50,14 +50,28 @@ def taken_for_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) 
     monkeypatch.setattr(gpu, "capability_of", lambda device: capability)
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], list[compiling.Compiled]]]:
-    """Target → what tests/triton/calls.py launches, compiled for it: once, two targets at a time."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks for compiled kernels comes last: they are compiled while the others run."""
+    items.sort(key=lambda item: "compiled" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiling(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
+    """Target → the future of what tests/triton/calls.py launches, compiled for it; begun at the first of these tests,
+    if any asks for it."""
+    if not any("compiled" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield {}
+        return
     folder = tmp_path_factory.mktemp("compiled")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        found = {target: pool.submit(compiling.compiled_for, target, folder / f"{target}.json")
-                 for target in compiling.TARGETS}
-        yield lambda target: found[target].result()
+        yield {target: pool.submit(compiling.compiled_for, target, folder / f"{target}.json")
+               for target in compiling.TARGETS}
+
+
+@pytest.fixture(scope="session")
+def compiled(_compiling: dict) -> Callable[[int], list[compiling.Compiled]]:
+    """Target → all that tests/triton/calls.py launches, compiled for it once a session."""
+    return lambda target: _compiling[target].result()
 
 
 @pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -1,6 +1,6 @@
-"""What Triton's interpreter gets wrong or cannot do, and GPUs do: it cuts float32 off to bfloat16 instead of rounding,
-multiplies the bits of bfloat16 as if they were whole numbers, rounds a fused multiplication and addition twice, and has
-no products of NVFP4."""
+"""What Triton's interpreter gets wrong or cannot do, and GPUs do: it cuts float32 off to bfloat16 and e4m3 instead of
+rounding, multiplies the bits of bfloat16 as if they were whole numbers, rounds a fused multiplication and addition
+twice, and has no products of NVFP4."""
 from __future__ import annotations
 
 from typing import Any
@@ -12,6 +12,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+_fp_to_fp = InterpreterBuilder.create_fp_to_fp
 _cast, _dot, _dot_scaled = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, TritonSemantic.dot_scaled
 
 
@@ -20,7 +21,7 @@ def teach() -> None:
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
     InterpreterBuilder.create_fma = fma
-    InterpreterBuilder.create_dot = dot
+    InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot = fp_to_fp, dot
     InterpreterBuilder.create_dot_scaled = dot_scaled
     TritonSemantic.dot_scaled = named_formats
 
@@ -52,10 +53,19 @@ def fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHan
     return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
 
+def fp_to_fp(self: InterpreterBuilder, src: TensorHandle, dst_type: Any, *rest: Any) -> TensorHandle:
+    """To e4m3 half to even; what is larger than 448 becomes that, as by cvt.satfinite."""
+    if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+        return _fp_to_fp(self, src, dst_type, *rest)
+    near = torch.from_numpy(np.ascontiguousarray(src.data)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return TensorHandle(near.view(torch.uint8).numpy(), dst_type.scalar)
+
+
 def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:
-    if a.dtype.scalar != tl.bfloat16:
+    values = {tl.bfloat16: widened, tl.float8e4nv: _e4m3}.get(a.dtype.scalar)
+    if values is None:
         return _dot(self, a, b, d, *rest)
-    return TensorHandle(np.matmul(widened(a.data), widened(b.data)) + d.data, d.dtype.scalar)
+    return TensorHandle(np.matmul(values(a.data), values(b.data)) + d.data, d.dtype.scalar)
 
 
 def named_formats(self: TritonSemantic, lhs, lhs_scale, lhs_format, rhs, rhs_scale, rhs_format, *rest: Any) -> Any:

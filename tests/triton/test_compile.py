@@ -33,7 +33,8 @@ def test_all_calls_compile(compiled: Compile, target: int) -> None:
 @ON_TARGETS
 def test_tiles_are_held_in_registers(compiled: Compile, target: int) -> None:
     """Of ten kernels one at most spills, and little: which compiler spills a few values where, is not ours to say."""
-    spilled = {(one.call, one.kernel): one.stack for one in compiled(target) if one.stack}
+    spilled = {(one.call, one.kernel): one.stack for one in compiled(target)
+               if one.stack and not one.call.startswith("attention")}  # which has a test of its own
     assert max(spilled.values(), default=0) <= LITTLE and len(spilled) <= len(compiled(target)) / 10, spilled
 
 

@@ -19,9 +19,13 @@ NVFP4 = ((12, 0), (12, 1))  # where Triton multiplies NVFP4 by an instruction
 
 
 def refuses_device(tensor: Tensor) -> str | None:
-    if tensor.device.type != DEVICE:
-        return f"the tensors are on {tensor.device.type}"
-    return refuses_triton() or refuses_capability(capability_of(tensor.device))
+    return refuses_place(tensor.device)
+
+
+def refuses_place(device: torch.device) -> str | None:
+    if device.type != DEVICE:
+        return f"the tensors are on {device.type}"
+    return refuses_triton() or refuses_capability(capability_of(device))
 
 
 @cache
