@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .config import Choices, Config, Gpu, Problem, blocks
+from .config import Choices, Config, Gpu, Problem, blocks, rows_alike
 
 CONFIGS = tuple(
     Config(m, n, dim, warps, stages)
@@ -85,4 +85,9 @@ def cost(problem: Problem, config: Config, gpu: Gpu) -> float:
     return LAUNCH + rounds * blocks(keys, config.n) * cycles / CLOCK
 
 
-CHOICES = Choices("attention", CONFIGS, cost)
+def alike(problem: Problem) -> Problem:
+    heads, tokens, keys, *rest = problem
+    return heads, rows_alike(tokens), rows_alike(keys), *rest
+
+
+CHOICES = Choices("attention", CONFIGS, cost, alike)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nunchaku_py.formats import group_count
-from nunchaku_py.ops.spec import ActSpec, LinearSpec
+from nunchaku_py.ops.spec import ActSpec, AttentionSpec, LinearSpec
 
-from . import linear, linear_w4a8, norm_modulate_quantize, quantize_act
+from . import attention, attention_config, linear, linear_w4a8, norm_modulate_quantize, quantize_act
 from .config import Config
 from .tuner import Case
 
@@ -103,7 +103,22 @@ def quantize_case(m: int, k: int, rank: int, spec: ActSpec, dtype: torch.dtype) 
                 lambda args, config: module(*args, config=config))
 
 
-FAMILIES = {"linear": linear_case, "quantize": quantize_case}
+def attention_case(heads: int, tokens: int, dim: int, fp8: bool, dtype: torch.dtype) -> Case:
+    """attention of all tokens to all, as diffusers lays them out."""
+    def operands(device: torch.device) -> tuple:
+        make = Tensors(device, dtype)
+        q, k, v = (make.normal(1, tokens, heads, dim).transpose(1, 2) for _ in range(3))
+        return q, k, v, AttentionSpec("fp8" if fp8 else "16bit")
+
+    def call(args: tuple, config: Config) -> object:
+        return attention.attention(*args, fp8, config)
+
+    problem = attention_config.problem_of(heads, tokens, tokens, dim, fp8)
+    return Case("attention", f"attention of {tokens} tokens, {heads} heads of {dim}", attention_config.CHOICES, problem,
+                operands, call)
+
+
+FAMILIES = {"linear": linear_case, "quantize": quantize_case, "attention": attention_case}
 
 
 def case_of(family: str, args: tuple) -> Case:

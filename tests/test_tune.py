@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nunchaku_py as nq
-from nunchaku_py import cli
+from nunchaku_py import cli, ops
 from nunchaku_py.commands import tune_requests
 from nunchaku_py.site import Site
 from tests.checks import QUICK
@@ -77,6 +77,24 @@ def test_a_checkpoints_linears_are_known_from_its_headers(model: Path) -> None:
         module = loaded.get_submodule(name)
         assert (linear.site, linear.n, linear.k) == (module.site, module.rows_out, module.rows_in)
     assert len(linears) == sum(hasattr(module, "rows_in") for module in loaded.modules())
+
+
+def test_attention_is_requested_as_it_is_launched(model: Path, as_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of heads that the configuration tells, and the kernel takes."""
+    from nunchaku_py.kernels import attention, attention_config
+
+    assert tune_requests.stored_attention(model) == [tune_requests.Attention(2, 64)]
+    monkeypatch.setattr(tune_requests, "HEADS_OF", (128,))
+    assert tune_requests.stored_attention(model) == []
+    request, = tune_requests.attention_requests(tune_requests.flux_attention(), (64, 300), CPU)
+    case = tuning_cases.case_of(*request)
+    q, k, v, spec = case.operands(CPU)
+    asked = []
+    monkeypatch.setattr(attention, "choose", lambda *found: asked.append(found) or attention_config.CONFIGS[-1])
+    monkeypatch.setattr(attention.launch, "launch", lambda *args, **constants: None)
+    with nq.backend("triton"):
+        ops.OPS[case.op](q, k, v, spec)
+    assert [choices.alike(problem) for choices, problem, _ in asked] == [case.key[1]]
 
 
 def test_requests_are_what_the_model_launches(model: Path, as_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,16 @@ from ..progress import Progress, wanted
 from .arguments import whole
 from .sources import model_path
 from .tables import table
-from .tune_requests import Linear, flux_linears, requests, stored_linears
+from .tune_requests import (
+    Attention,
+    Linear,
+    attention_requests,
+    flux_attention,
+    flux_linears,
+    requests,
+    stored_attention,
+    stored_linears,
+)
 
 if TYPE_CHECKING:  # --help imports no torch
     import torch
@@ -72,13 +81,14 @@ def run(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> None:
     device = _device(args.device)
     linears = [linear for path in args.models for linear in stored_linears(path)] or flux_linears()
+    attention = [one for path in args.models for one in stored_attention(path)] if args.models else flux_attention()
     from ..kernels import tuner as kernels_tuner
     from ..kernels import tuning
 
     tuner = kernels_tuner.Tuner(device, kernels_tuner.GraphTimer, args.seconds or math.inf)
     origin = tuning.Origin.of(tuner.gpu)
     known = tuning.read(origin)
-    cases = kernels_tuner.unmeasured(_cases(linears, args, device), () if args.again else known)
+    cases = kernels_tuner.unmeasured(_cases(linears, attention, args, device), () if args.again else known)
     print("\n".join([f"{origin}: {_count(len(cases), 'problem')} to measure, {len(known)} known", *_notes(device)]),
           flush=True)
     found = _measure(tuner, cases)
@@ -109,10 +119,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _cases(linears: Sequence[Linear], args: argparse.Namespace, device: torch.device) -> list:
+def _cases(linears: Sequence[Linear], attention: Sequence[Attention], args: argparse.Namespace, device: torch.device
+           ) -> list:
     from ..kernels.tuning_cases import case_of
 
-    return [case_of(*request) for request in requests(linears, args.rows, args.modes, device)]
+    wanted = [*requests(linears, args.rows, args.modes, device), *attention_requests(attention, args.rows, device)]
+    return [case_of(*request) for request in wanted]
 
 
 def _notes(device: torch.device) -> Iterable[str]:

@@ -1,4 +1,5 @@
-"""What `tune` measures: the launches of the quantized linears of checkpoints, known from their headers, or FLUX.1's."""
+"""What `tune` measures: the launches of the quantized linears of checkpoints, known from their headers, and of their
+attention, known from their configuration; or FLUX.1's."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ RANK = 32
 FLUX = {"attn.to_q": (3072, 3072), "proj_mlp": (12288, 3072), "ff.net.0.proj": (12288, 3072),
         "ff.net.2": (3072, 12288), "proj_out.parts.0": (3072, 3072), "proj_out.parts.1": (3072, 12288),
         "norm1.linear": (18432, 3072), "norm.linear": (9216, 3072), "qkv": (9216, 3072), "single": (3072, 15360)}
+HEADS_OF = (64, 128)  # channels, that the kernels take
+LEAST_TOKENS = 256  # below, attention is no matter of time
 WEIGHT_ONLY_ROWS = 1  # of modulation: one a sample
 # By their names: what reads the output of a norm, which is quantized as it is made; and the first linears of
 # feed-forwards, whose ending quantizes for the second.
@@ -39,6 +42,14 @@ class Linear(NamedTuple):
     site: Site
     n: int
     k: int
+    dtype: str = "bfloat16"
+
+
+class Attention(NamedTuple):
+    """Of all tokens to all, heads of dim channels."""
+
+    heads: int
+    dim: int
     dtype: str = "bfloat16"
 
 
@@ -71,6 +82,20 @@ def stored_linears(path: Path) -> list[Linear]:
     return found
 
 
+def flux_attention() -> list[Attention]:
+    return [Attention(24, 128)]
+
+
+def stored_attention(path: Path) -> list[Attention]:
+    """Of the models whose configuration tells their heads."""
+    found = []
+    for _, config, _ in _models(path):
+        heads, dim = config.get("num_attention_heads"), config.get("attention_head_dim")
+        if isinstance(heads, int) and dim in HEADS_OF:
+            found.append(Attention(heads, dim, quantization_of(config).get("compute_dtype", "bfloat16")))
+    return list(dict.fromkeys(found))
+
+
 def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], Header]]:
     if path.is_file():
         header = read_header(path)
@@ -98,6 +123,15 @@ def _linears(label: str, config: dict[str, Any], header: Header) -> list[Linear]
 
 
 # ------------------------------------------------------------------------------------------------------- which launches
+def attention_requests(kinds: Iterable[Attention], rows: Sequence[int], device: torch.device) -> list[Request]:
+    import torch
+
+    from ..backends.triton.attention import multiplies_fp8
+
+    return [Request("attention", (kind.heads, m, kind.dim, multiplies_fp8(device), getattr(torch, kind.dtype)))
+            for kind in kinds for m in rows if m >= LEAST_TOKENS]
+
+
 def requests(linears: Sequence[Linear], rows: Sequence[int], modes: Sequence[str], device: torch.device
              ) -> list[Request]:
     """Each once. modes: of linears with 4-bit activations; none: the one that the device runs them in unasked."""
