@@ -153,7 +153,7 @@ class Call:
             UNSIGNED=spec.act.format == "uint4", ENDING=self.ending, ACTIVATION=spec.activation,
             GATE_FIRST=spec.gate_first, HEAD=spec.head_dim, NEXT=next.format if next else "none",
             NEXT_GROUP=next.group if next else 0, BM=config.m, BN=config.n, BK=config.k,
-            BR=32 if self.up.shape[1] % 32 == 0 else 16, warps=config.warps, stages=config.stages)
+            BR=32 if self.up.shape[1] % 32 == 0 else 16, warps=config.warps, stages=config.stages, **launch.EXACT)
 
     def stored(self) -> Tensor:
         y = self.up.new_empty(self.m, self.n)
@@ -230,5 +230,5 @@ def expand(qw: Tensor, sw: Tensor, aux: Tensor, spec: LinearSpec) -> tuple[Tenso
     w8 = qw.new_empty(n, k, dtype=torch.int8)
     launch.launch(linear_w4a8.expand_kernel, (blocks(n, rows), blocks(k, inputs)), qw, _bits(sw), aux, w8, n, k,
                   k // 2, groups_of(spec), EVEN=k % inputs == 0, WEIGHT=spec.weight, GROUP=spec.group, BN=rows,
-                  BK=inputs, warps=4)
+                  BK=inputs, warps=4, **launch.EXACT)
     return w8, aux[:n]
