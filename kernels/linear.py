@@ -17,7 +17,7 @@ from nunchaku_py.ops.quantize_act import empty_like_quantized
 from nunchaku_py.ops.spec import ActSpec, LinearSpec
 
 from . import epilogue, launch, linear_w4a4, linear_w4a8, linear_w4a16, quantize_act
-from .config import Choices, Config, blocks, choose, rows_alike
+from .config import Choices, Config, blocks, choose
 from .gpu import gpu_of
 
 TOGETHER = tl.constexpr(8)  # blocks of rows that pass along the channels together, so that caches serve both
@@ -204,11 +204,11 @@ def choices_of(spec: LinearSpec) -> Choices:
 
 
 def problem_of(m: int, n: int, spec: LinearSpec, ending: str) -> tuple:
-    """What configurations are chosen by; numbers of rows that are alike share one."""
+    """What configurations are chosen by."""
     fewest = spec.head_dim if ending == "rope" else 1
     if ending in ("activate", "glu") and spec.next.format in IN_TILE:
         fewest, ending = spec.next.group * (2 if ending == "glu" else 1), "quantize"
-    return rows_alike(m), n, spec.k, spec.act.format, spec.weight, ending, fewest
+    return m, n, spec.k, spec.act.format, spec.weight, ending, fewest
 
 
 def groups_of(spec: LinearSpec) -> int:

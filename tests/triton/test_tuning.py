@@ -349,6 +349,9 @@ def test_every_ending_has_a_configuration(capability: tuple[int, int]) -> None:
 def test_rows_share_their_measurements_up_to_a_power_of_two() -> None:
     keys = [tuning_cases.case_of("quantize", (m, 64, 16, INT4, BF16)).key for m in (4097, 4608, 8192, 4096, 0, 1)]
     assert keys[0] == keys[1] == keys[2] != keys[3] and keys[4] == keys[5]
+    few, many = (linear.problem_of(m, 3072, replace(A8, k=12288), "store") for m in (1280, 2048))
+    assert linear_w4a8.CHOICES.alike(few) == linear_w4a8.CHOICES.alike(many) == many
+    assert linear_w4a8.CHOICES.ranked(few, GPU)[0] != linear_w4a8.CHOICES.ranked(many, GPU)[0]  # unless measured
     assert config.rows_alike(1) == 1 and linear_w4a8.CHOICES.kernel != linear_w4a4.CHOICES.kernel
 
 
