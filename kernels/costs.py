@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .config import Config, Gpu, Problem, blocks
+from .config import Config, Gpu, Problem, blocks, rows_alike
 
 
 class Rates(NamedTuple):
@@ -57,5 +57,5 @@ def linear_cost(problem: Problem, config: Config, gpu: Gpu) -> float:
 
 def linear_alike(problem: Problem) -> Problem:
     """A gate is read and multiplied while the result is stored: it changes no choice."""
-    *sizes, ending, fewest = problem
-    return *sizes, "store" if ending == "gate" else ending, fewest
+    m, *sizes, ending, fewest = problem
+    return rows_alike(m), *sizes, "store" if ending == "gate" else ending, fewest

@@ -40,7 +40,7 @@ def store(y, out, rows, columns, M, N):
 def gated(y, gate, residual, rows, columns, M, N, rows_each):
     """residual + gate·y; the rows of a sample, so many, share a gate."""
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    factor = tl.load(gate + (rows // rows_each)[:, None] * N + columns[None, :], mask=inside, other=0)
+    factor = tl.load(gate + (rows // rows_each)[:, None].to(tl.int64) * N + columns[None, :], mask=inside, other=0)
     base = tl.load(residual + rows[:, None].to(tl.int64) * N + columns[None, :], mask=inside, other=0)
     return base.to(tl.float32) + y * factor.to(tl.float32)
 

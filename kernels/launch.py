@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# x·r + s stays two roundings where a kernel must give the same bits as the formula of its op.
+# x·r + s stays two roundings: some kernels must give the same bits as the formula of their op, and Triton's default for
+# all others is about to change (3.10), with the last bits of what they give.
 EXACT = {"enable_fp_fusion": False}
 
 

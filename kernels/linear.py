@@ -17,7 +17,7 @@ from nunchaku_py.ops.quantize_act import empty_like_quantized
 from nunchaku_py.ops.spec import ActSpec, LinearSpec
 
 from . import epilogue, launch, linear_w4a4, linear_w4a8, linear_w4a16, quantize_act
-from .config import Choices, Config, blocks, choose, rows_alike
+from .config import Choices, Config, blocks, choose
 from .gpu import gpu_of
 
 TOGETHER = tl.constexpr(8)  # blocks of rows that pass along the channels together, so that caches serve both
@@ -153,7 +153,7 @@ class Call:
             UNSIGNED=spec.act.format == "uint4", ENDING=self.ending, ACTIVATION=spec.activation,
             GATE_FIRST=spec.gate_first, HEAD=spec.head_dim, NEXT=next.format if next else "none",
             NEXT_GROUP=next.group if next else 0, BM=config.m, BN=config.n, BK=config.k,
-            BR=32 if self.up.shape[1] % 32 == 0 else 16, warps=config.warps, stages=config.stages)
+            BR=32 if self.up.shape[1] % 32 == 0 else 16, warps=config.warps, stages=config.stages, **launch.EXACT)
 
     def stored(self) -> Tensor:
         y = self.up.new_empty(self.m, self.n)
@@ -204,11 +204,11 @@ def choices_of(spec: LinearSpec) -> Choices:
 
 
 def problem_of(m: int, n: int, spec: LinearSpec, ending: str) -> tuple:
-    """What configurations are chosen by; numbers of rows that are alike share one."""
+    """What configurations are chosen by."""
     fewest = spec.head_dim if ending == "rope" else 1
     if ending in ("activate", "glu") and spec.next.format in IN_TILE:
         fewest, ending = spec.next.group * (2 if ending == "glu" else 1), "quantize"
-    return rows_alike(m), n, spec.k, spec.act.format, spec.weight, ending, fewest
+    return m, n, spec.k, spec.act.format, spec.weight, ending, fewest
 
 
 def groups_of(spec: LinearSpec) -> int:
@@ -230,5 +230,5 @@ def expand(qw: Tensor, sw: Tensor, aux: Tensor, spec: LinearSpec) -> tuple[Tenso
     w8 = qw.new_empty(n, k, dtype=torch.int8)
     launch.launch(linear_w4a8.expand_kernel, (blocks(n, rows), blocks(k, inputs)), qw, _bits(sw), aux, w8, n, k,
                   k // 2, groups_of(spec), EVEN=k % inputs == 0, WEIGHT=spec.weight, GROUP=spec.group, BN=rows,
-                  BK=inputs, warps=4)
+                  BK=inputs, warps=4, **launch.EXACT)
     return w8, aux[:n]

@@ -17,7 +17,7 @@ CHOICES = Choices("linear_w4a4", (
 ), linear_cost, linear_alike)
 NVFP4 = Choices("linear_w4a4_nvfp4", (
     Config(128, 128, 256, 8, 2), Config(128, 128, 128, 8, 3), Config(128, 128, 128, 4, 3), Config(64, 128, 128, 4, 4),
-    Config(64, 64, 256, 4, 3), Config(32, 64, 256, 4, 3), Config(16, 64, 256, 4, 3),
+    Config(64, 128, 128, 8, 3), Config(64, 64, 256, 4, 3), Config(32, 64, 256, 4, 3), Config(16, 64, 256, 4, 3),
 ), linear_cost, linear_alike)
 
 

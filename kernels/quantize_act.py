@@ -142,9 +142,9 @@ LATENCY = 8e-7  # seconds until what is asked for has come
 
 
 def cost(problem: Problem, config: Config, gpu: Gpu) -> float:
-    """Seconds. problem: rows, inputs, ranks, group, reads of x by a block that quantizes. What is quantized in vain,
-    beyond the last row, costs all the same."""
-    m, k, r, group, reads = problem
+    """Seconds. problem: rows, inputs, ranks, the group that a tile holds whole, reads of x by a block that quantizes,
+    the format. What is quantized in vain, beyond the last row, costs all the same."""
+    m, k, r, _, reads, _ = problem
     step = config.k * 2 * (config.m + (config.n if r else 0))  # bytes of x and down
     if not _fits(problem, config) or config.stages * step > gpu.shared:
         return float("inf")
@@ -157,7 +157,7 @@ def cost(problem: Problem, config: Config, gpu: Gpu) -> float:
 
 def _fits(problem: Problem, config: Config) -> bool:
     """Whole groups; rows too odd for copies of 16 bytes pass through registers, of which a thread has so many."""
-    _, k, r, group, _ = problem
+    _, k, r, group, *_ = problem
     held = (config.m + config.n) * config.k // (config.warps * 32)
     return config.k % max(group, 1) == 0 and (k % 8 == 0 or held <= 24) and (r > 0 or config.n == 16)
 
@@ -175,7 +175,8 @@ def config_of(x: Tensor, down: Tensor, spec: ActSpec, more_reads: int = 0) -> Co
 
 
 def problem_of(m: int, k: int, r: int, spec: ActSpec, more_reads: int = 0) -> Problem:
-    return m, k, r, spec.group, more_reads + (2 if spec.format == "int8" else 1)
+    group = 0 if spec.format in ("int8", "none") else spec.group  # which have no scales of groups
+    return m, k, r, group, more_reads + (2 if spec.format == "int8" else 1), spec.format
 
 
 # -------------------------------------------------------------------------------------------------------- the launcher

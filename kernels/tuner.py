@@ -116,14 +116,17 @@ class Tuner:
     @torch.no_grad()
     def run(self, cases: Iterable[Case]) -> Iterator[Outcome]:
         """Measures one after the other; each is on disk before the next begins. Ends when the time is over: what was
-        begun by then is dropped, as not all that compete were measured."""
+        begun by then is dropped, as not all that compete were measured. All are written each time: another process may
+        have replaced the file by what it had read before."""
+        found = []
         for case in cases:
             try:
                 outcome = self.measure(case)
             except OutOfTime:
                 return
             if outcome.measured:
-                tuning.record(self.gpu, [outcome.measured])
+                found.append(outcome.measured)
+                tuning.record(self.gpu, found)
                 config.forget()
             yield outcome
 

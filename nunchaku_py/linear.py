@@ -146,8 +146,7 @@ class QuantizedSite(nn.Module):
         self.input_key = self._input_key()
 
     def _wanted(self) -> Packing:
-        mode = self.mode
-        return Packing(mode, self._residency(mode), self.codes.device.type, self._packing_dtype(mode))
+        return Packing(mode := self.mode, self._residency(mode), self.codes.device.type, self._packing_dtype(mode))
 
     def _packing_dtype(self, mode: Mode) -> torch.dtype | None:
         """The CUDA kernels of a4 want their scales in the type of the rows; those of a8 have no float32."""
@@ -165,10 +164,9 @@ class QuantizedSite(nn.Module):
         if mode == "a4" and self.why_not_mma() is None:
             return "mma"
         scaled = self.site.linear_spec(mode, self.rows_in, "scaled")
-        device, offloaded = self.codes.device, is_offloaded(self)
+        device, dtype, offloaded = self.codes.device, self._row_dtype(), is_offloaded(self)
         if not scaled.row_scales:
             return "codes"
-        dtype = self._row_dtype()
         if cuda.expands(scaled, self.rows_out, device, dtype) or triton.expands(scaled, device, dtype):
             wanted = auto_weights(device) if self.requested_weights == "auto" else self.requested_weights
             return "scaled" if offloaded or wanted == "int4" else "folded"
@@ -197,10 +195,12 @@ class QuantizedSite(nn.Module):
 
     def ensure_packed(self, dtype: torch.dtype | None = None) -> None:
         """Before every call, with the dtype of its rows: offloading may have moved the tensors, or hooked itself on."""
-        if not torch.compiler.is_compiling() and dtype not in (None, self.row_dtype):
+        here, looks = self.packed, not torch.compiler.is_compiling()
+        if looks and dtype not in (None, self.row_dtype):
             self.row_dtype = dtype
-        here = self.packed
-        stale = here is None or here.device != self.codes.device.type or here.dtype != self._packing_dtype(here.mode)
+        stale = here is None or here.device != self.codes.device.type
+        if not stale and (looks or here.dtype):  # a compiler cannot look who is asked for; without a dtype it suits all
+            stale = here.dtype != self._packing_dtype(here.mode)
         if stale or (self.folded_codes is not None and is_offloaded(self)):
             self.pack()
 

@@ -84,6 +84,17 @@ def assert_same_codes(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None
     torch.testing.assert_close(h, want_h, rtol=0, atol=0.02 * float(want_h.abs().amax(None)) if h.numel() else 0)
 
 
+def test_signs_of_scales_are_not_lost(blackwell: str) -> None:
+    """The instruction does not look at them. A weight is looked at anew when it has changed."""
+    spec = LinearSpec("nvfp4", 16, 64, ActSpec("nvfp4", 16))
+    args = [tensor.to(blackwell) for tensor in nvfp4.operands(4, 64, 64, 16, torch.bfloat16)]
+    refuses = ops.linear_w4a4.backends["triton"].refuses
+    assert refuses(*args, spec) is None
+    args[3].view(torch.uint8)[3, 1] |= 0x80
+    args[3].copy_(args[3].clone())
+    assert refuses(*args, spec) == "its scales have signs, which the instruction for NVFP4 does not look at"
+
+
 @pytest.mark.parametrize("weight, dtype", [
     ("int4", torch.bfloat16), ("uint4", torch.bfloat16), ("int4", torch.float16)])
 @pytest.mark.parametrize("m, n, k, r, group", [

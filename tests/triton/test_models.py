@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import nunchaku_py as nq
+from nunchaku_py.backends.cuda import device as cuda
 from nunchaku_py.linear import QuantizedSite
+from tests.simt.test_native_nvfp4 import linear
 from tests.simt.test_sites import output
 from tests.tiny_models import MODELS
 
@@ -42,3 +45,16 @@ def test_a_whole_model_runs_on_the_kernels(name: str, recipe: str, mode: str, we
     cost = (want - exact).norm().item()
     assert (got - exact).norm().item() == pytest.approx(cost, rel=0.05)
     assert (got - want).norm() < (1 if mode == "a4" else 0.3) * cost
+
+
+def test_a_backend_asked_for_serves_compiled_models(as_blackwell: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler, which cannot look who is asked for, leaves a site as it was packed."""
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "capability_of", lambda device: (12, 0))
+    with nq.backend("triton"):
+        site = linear(64, 128)
+        site.ensure_packed(torch.bfloat16)
+        packed = site.packed
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        site.ensure_packed(torch.bfloat16)
+    assert site.packed is packed and packed.residency == "codes"

@@ -60,6 +60,13 @@ def test_sizes(device: str, dtype: torch.dtype, m: int, k: int, r: int, spec: Ac
     assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize("group", [48, 512])
+def test_16_bit_has_no_groups(device: str, group: int) -> None:
+    """Whatever groups its weight has."""
+    args = *operands(5, 96, 16, torch.bfloat16), ActSpec("none", group)
+    bits.assert_quantized(bits.run(device, "quantize_act", *args), *args)
+
+
 def near(values: Tensor) -> Tensor:
     """The values and their neighbours."""
     far = torch.full_like(values, float("inf"))

@@ -260,6 +260,14 @@ def test_time_and_interruptions_keep_what_is_measured(measuring: tuner.Tuner) ->
     assert list(measuring.run([case({FIRST: 1.0}, 9)])) == []
 
 
+def test_what_another_process_has_overwritten_is_written_again(measuring: tuner.Tuner) -> None:
+    run = measuring.run([case({FIRST: 1.0}, 9), case({FIRST: 1.0}, 99)])
+    next(run)
+    Origin.of(GPU).path.unlink()
+    next(run)
+    assert len(tuning.read(Origin.of(GPU))) == 2
+
+
 def test_each_problem_once_and_none_that_is_known() -> None:
     cases = [case({}, m) for m in (100, 90, 7)]
     assert [it.label for it in tuner.unmeasured(cases, ())] == ["100 rows", "7 rows"]
@@ -317,9 +325,33 @@ def test_a_gate_shares_what_is_measured_without_one() -> None:
     assert gated == stored != active
 
 
+def test_formats_share_no_measurement() -> None:
+    """Which also read as often, in groups as large."""
+    specs = INT4, UINT4, ActSpec("none", 64), replace(INT4, norm="layer")
+    assert len({tuning_cases.case_of("quantize", (3, 64, 16, spec, BF16)).key for spec in specs}) == 4
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0), (12, 0)])
+def test_every_ending_has_a_configuration(capability: tuple[int, int]) -> None:
+    """With the widest head, and with groups of 64 for the next linear, whose value and gate are 128 channels."""
+    gpu = GPU._replace(capability=capability)
+    kinds = [LinearSpec("int8", 0, 64, INT8), LinearSpec("nvfp4", 16, 64, INT8, row_scales=True),
+             LinearSpec("int4", 64, 64, INT4), LinearSpec("nvfp4", 16, 64, NVFP4),
+             LinearSpec("uint4", 64, 64, ActSpec("none", 64))]
+    for spec in kinds:
+        for ending, more in (("", {}), ("gate", {}), ("rope", {"head_dim": 128}), ("activate", {"next": INT4}),
+                             ("glu", {"next": INT4}), ("glu", {"next": INT8})):
+            for m in (1, 4608):
+                problem = linear.problem_of(m, 9216, replace(spec, **more), ending or "store")
+                assert linear.choices_of(spec).ranked(problem, gpu)
+
+
 def test_rows_share_their_measurements_up_to_a_power_of_two() -> None:
     keys = [tuning_cases.case_of("quantize", (m, 64, 16, INT4, BF16)).key for m in (4097, 4608, 8192, 4096, 0, 1)]
     assert keys[0] == keys[1] == keys[2] != keys[3] and keys[4] == keys[5]
+    few, many = (linear.problem_of(m, 3072, replace(A8, k=12288), "store") for m in (1280, 2048))
+    assert linear_w4a8.CHOICES.alike(few) == linear_w4a8.CHOICES.alike(many) == many
+    assert linear_w4a8.CHOICES.ranked(few, GPU)[0] != linear_w4a8.CHOICES.ranked(many, GPU)[0]  # unless measured
     assert config.rows_alike(1) == 1 and linear_w4a8.CHOICES.kernel != linear_w4a4.CHOICES.kernel
 
 

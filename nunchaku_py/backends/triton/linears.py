@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ... import ops
 from ...ops.registry import Op, forced_backend
@@ -17,6 +18,7 @@ LARGEST_GROUP = 128
 WIDEST_HEAD = 128
 WIDEST_NEXT = 64  # inputs of a group of the next linear's
 Refusal = Callable[..., "str | None"]
+_signed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # scales of weights → (their version, whether any has a sign)
 
 
 def expands(spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> bool:
@@ -30,11 +32,21 @@ def expands(spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> bool:
 # ------------------------------------------------------------------------------------------------------ what is refused
 def _refuses(qx: Tensor, *args: Tensor | LinearSpec) -> str | None:
     return (gpu.refuses_device(qx) or gpu.refuses_dtype(args[5].dtype) or _refuses_numbers(args[-1], qx.device)
-            or _refuses_gradient(qx))
+            or _refuses_gradient(qx) or _refuses_signs(args[2], args[-1]))
 
 
 def _refuses_gradient(qx: Tensor) -> str | None:
     return "it gives no gradient" if qx.requires_grad and torch.is_grad_enabled() else None
+
+
+def _refuses_signs(scales: Tensor, spec: LinearSpec) -> str | None:
+    """Looked at once for each weight, as the host waits for the GPU."""
+    if spec.act.format != "nvfp4":
+        return None
+    version = 0 if scales.is_inference() else scales._version
+    if _signed.get(scales, (None,))[0] != version:
+        _signed[scales] = version, bool((scales.view(torch.uint8) > 0x7F).any())
+    return "its scales have signs, which the instruction for NVFP4 does not look at" if _signed[scales][1] else None
 
 
 def _refuses_numbers(spec: LinearSpec, device: torch.device) -> str | None:
