@@ -82,11 +82,9 @@ def dot_scaled(self: InterpreterBuilder, a, a_scale, a_format, b, b_scale, b_for
 
 def _values(packed: np.ndarray, scales: TensorHandle) -> np.ndarray:
     codes = np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)
-    return E2M1[codes] * np.repeat(_ue4m3(scales.data), 16, axis=1)
+    signless = np.ascontiguousarray(scales.data).view(np.uint8) & 0x7F  # at their signs the instruction does not look
+    return E2M1[codes] * np.repeat(_e4m3(signless), 16, axis=1)
 
 
-def _ue4m3(bits: np.ndarray) -> np.ndarray:
-    """The instruction looks at no signs."""
-    sizes = torch.from_numpy(np.ascontiguousarray(bits).view(np.uint8)) & 0x7F
-    return sizes.view(torch.float8_e4m3fn).float().numpy()
-
+def _e4m3(bits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(bits).view(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
