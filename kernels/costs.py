@@ -41,7 +41,7 @@ def linear_cost(problem: Problem, config: Config, gpu: Gpu) -> float:
     if shared > gpu.shared or config.n < fewest or held > SUMS_HELD:
         return math.inf
     resident = max(1, int(min(gpu.shared / shared, REGISTERS / (THREADS * config.warps * (held + 96)))))
-    tall, wide = blocks(m, config.m), blocks(n, config.n)
+    tall, wide = blocks(max(m, 1), config.m), blocks(max(n, 1), config.n)
     waves = blocks(tall * wide, gpu.processors * resident)
     resident = min(resident, blocks(tall * wide, gpu.processors))
     rates = RATES.get(gpu.capability, LIKE_ANY)

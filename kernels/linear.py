@@ -6,6 +6,7 @@ matrix are read as its last ones, and not written.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -220,6 +221,7 @@ def _goes_through_int8(qx: Tensor, spec: LinearSpec, config: Config | None) -> b
     return sum_of(spec) == "expand" and config is None and qx.shape[0] > linear_w4a8.FEW_ROWS
 
 
+@cache  # a new spec costs as much as all else before a launch
 def with_int8(spec: LinearSpec) -> LinearSpec:
     return replace(spec, weight="int8", group=0, row_scales=False)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from nunchaku_py.kernels.gpu import SHARED
 from tests.triton import calls
 from tests.triton.compiling import TARGETS, Compiled
 
@@ -36,6 +37,22 @@ def test_tiles_are_held_in_registers(compiled: Compile, target: int) -> None:
     spilled = {(one.call, one.kernel): one.stack for one in compiled(target)
                if one.stack and not one.call.startswith("attention")}  # which has a test of its own
     assert max(spilled.values(), default=0) <= LITTLE and len(spilled) <= len(compiled(target)) / 10, spilled
+
+
+@ON_TARGETS
+def test_blocks_have_the_shared_memory_they_ask_for(compiled: Compile, target: int) -> None:
+    """Also what the compiler adds, to turn a tile around, which the models of costs do not count."""
+    limit = SHARED.get(divmod(target, 10), 99) * 1024
+    assert {(one.call, one.kernel): one.shared for one in compiled(target) if one.shared > limit} == {}
+
+
+@ON_TARGETS
+def test_no_product_and_sum_are_fused_unasked(compiled: Compile, target: int) -> None:
+    """Codes and scales are to have the bits of the formula, whatever Triton's default is."""
+    kernels = ("linear_kernel", "expand_kernel", "quantize_act_kernel", "norm_modulate_quantize_kernel")
+    found = [one for one in compiled(target) if one.kernel in kernels]
+    assert {one.kernel for one in found} == set(kernels)
+    assert all(one.constants["enable_fp_fusion"] == "False" for one in found)
 
 
 @ON_TARGETS

@@ -170,6 +170,11 @@ def test_no_rows(device: str) -> None:
         assert each(run(ops.OPS[f"linear_w4a8{suffix}"], device, *args, spec))[0].shape[0] == 0
 
 
+def test_no_channels(device: str) -> None:
+    args = *operands(4, 0, 64, 16), LinearSpec("int8", 0, 64, INT8)
+    assert run(ops.linear_w4a8, device, *args).shape == (4, 0)
+
+
 def test_views_of_any_strides(device: str) -> None:
     qx, sx, qw, sw, *rest = operands(70, 384, 192, 48)
     spec = LinearSpec("int8", 0, 192, INT8)
