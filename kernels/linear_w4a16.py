@@ -10,7 +10,7 @@ from .decode import group_numbers, weights
 
 CHOICES = Choices("linear_w4a16", (
     Config(128, 128, 64, 8, 3), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 4, 4), Config(32, 64, 128, 4, 3),
-    Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 4), Config(16, 16, 256, 4, 3),
+    Config(16, 64, 128, 4, 4), Config(16, 32, 128, 4, 4), Config(16, 128, 64, 4, 4), Config(16, 16, 256, 4, 3),
 ), linear_cost, linear_alike)
 
 

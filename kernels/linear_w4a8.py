@@ -14,12 +14,12 @@ from .numbers import whole_codes
 FEW_ROWS = 64  # up to which one block of rows expands the weight for itself
 CHOICES = Choices("linear_w4a8", (
     Config(256, 128, 128, 8, 3), Config(128, 256, 64, 8, 3), Config(128, 128, 128, 8, 4), Config(128, 128, 128, 8, 3),
-    Config(128, 128, 64, 4, 4), Config(64, 128, 128, 4, 4), Config(64, 64, 128, 4, 4), Config(32, 64, 256, 4, 3),
-    Config(16, 128, 128, 4, 4), Config(16, 64, 256, 4, 3), Config(16, 32, 256, 4, 3),
+    Config(128, 128, 64, 4, 4), Config(64, 128, 128, 8, 3), Config(64, 128, 128, 4, 4), Config(64, 64, 128, 4, 4),
+    Config(32, 64, 256, 4, 3), Config(16, 128, 128, 4, 4), Config(16, 64, 256, 4, 3), Config(16, 32, 256, 4, 3),
 ), linear_cost, linear_alike)
 EXPANDING = Choices("linear_w4a8_expanding", (
-    Config(64, 64, 128, 4, 3), Config(32, 64, 128, 4, 3), Config(16, 128, 128, 4, 4), Config(16, 64, 128, 4, 4),
-    Config(16, 32, 256, 4, 3),
+    Config(64, 64, 128, 4, 3), Config(32, 128, 128, 8, 3), Config(32, 64, 128, 4, 3), Config(16, 128, 128, 4, 4),
+    Config(16, 64, 128, 4, 4), Config(16, 32, 256, 4, 3),
 ), linear_cost, linear_alike)
 
 

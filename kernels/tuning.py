@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # config.py imports this module
 ENVIRONMENT, FOLDER = "NUNCHAKU_PY_TUNING", "NUNCHAKU_PY_CACHE"
 FORMAT = 1
 # They decide what is measured and what is taken where nothing was; how fast a configuration is, they do not change.
+READABLE = 0o644
 NO_KERNELS = ("config.py", "costs.py", "gpu.py", "tuning.py", "tuner.py", "tuning_cases.py")
 _logger = logging.getLogger("nunchaku_py")
 Key = tuple[str, tuple]
@@ -169,6 +170,7 @@ def _replace(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
         file.write(text)
     try:
+        os.chmod(file.name, READABLE)  # a folder may be shared
         os.replace(file.name, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -14,7 +14,7 @@ from .backends import cuda
 from .errors import NunchakuError
 from .formats import Format, format_of, group_count
 from .ops import ActSpec, LinearSpec, linear_w4a16
-from .ops.registry import own_choice
+from .ops.registry import forced_backend, own_choice
 from .ops.spec import MMA
 from .tensor import QTensor
 
@@ -168,7 +168,7 @@ def auto_weights(device: torch.device) -> str:
 
 def _native_int4(capability: tuple[int, int]) -> bool:
     # Triton has no INT4: its kernels multiply the codes as INT8, group by group, which costs more than mode a8 does.
-    if cuda.refuses_gpu(capability):
+    if forced_backend() not in (None, "cuda") or cuda.refuses_gpu(capability):
         return False
     # Later GPUs emulate s4 mma, slower than s8. A100 (8.0) has it, but by count of instructions its float lanes, which
     # sum the groups, leave 45 % of 1248 TOPS at most; INT8, of whose 624 they take nothing, errs less.

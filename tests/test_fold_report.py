@@ -16,6 +16,7 @@ from nunchaku_py.cli import main
 from nunchaku_py.fold_report import SAMPLE, fold_error, fold_errors
 from nunchaku_py.formats import INT4, NVFP4
 from nunchaku_py.mode_lines import mode_lines
+from nunchaku_py.ops import backend
 from nunchaku_py.report import Report
 from nunchaku_py.site import Site, auto_mode
 from nunchaku_py.swap import quantized_sites
@@ -143,6 +144,10 @@ def test_without_a_compiled_kernel_int4_is_multiplied_in_8_bit(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(cuda, "refuses_gpu", lambda capability: "it was not built")
     assert auto_mode(Site("w4a4", "int4", 64), torch.device("cuda")) == "a8"
+    monkeypatch.setattr(cuda, "refuses_gpu", lambda capability: None)
+    assert auto_mode(Site("w4a4", "int4", 64), torch.device("cuda")) == "a4"
+    with backend("triton"):
+        assert auto_mode(Site("w4a4", "int4", 64), torch.device("cuda")) == "a8"
 
 
 def test_info_says_the_default_mode_of_every_device(capsys: pytest.CaptureFixture) -> None:

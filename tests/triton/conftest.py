@@ -32,12 +32,6 @@ def as_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def as_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """… of an H100."""
-    taken_for_gpu(monkeypatch, (9, 0))
-
-
-@pytest.fixture
 def as_blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
     """… of an RTX 50."""
     taken_for_gpu(monkeypatch, (12, 0))

@@ -1,7 +1,9 @@
 """What Triton kernels need of a machine, and why they do not have it."""
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import re
 from functools import cache
 from types import ModuleType
 
@@ -37,7 +39,7 @@ def refuses_triton() -> str | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "the package triton is not installed"
-    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    found = tuple(map(int, re.findall(r"\d+", version)[:2]))
     wanted = "{}.{}".format(*OLDEST_TRITON)
     return f"its kernels need triton {wanted}, this is {version}" if found < OLDEST_TRITON else None
 
@@ -55,6 +57,10 @@ def refuses_capability(capability: tuple[int, int]) -> str | None:
 
 def refuses_dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in TYPES else f"it computes in bfloat16 or float16, not {short(dtype)}"
+
+
+def refuses_gradient(tensor: Tensor) -> str | None:
+    return "it gives no gradient" if tensor.requires_grad and torch.is_grad_enabled() else None
 
 
 def kernels(name: str) -> ModuleType:

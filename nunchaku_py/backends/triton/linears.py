@@ -32,11 +32,7 @@ def expands(spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> bool:
 # ------------------------------------------------------------------------------------------------------ what is refused
 def _refuses(qx: Tensor, *args: Tensor | LinearSpec) -> str | None:
     return (gpu.refuses_device(qx) or gpu.refuses_dtype(args[5].dtype) or _refuses_numbers(args[-1], qx.device)
-            or _refuses_gradient(qx) or _refuses_signs(args[2], args[-1]))
-
-
-def _refuses_gradient(qx: Tensor) -> str | None:
-    return "it gives no gradient" if qx.requires_grad and torch.is_grad_enabled() else None
+            or gpu.refuses_gradient(qx) or _refuses_signs(args[2], args[-1]))
 
 
 def _refuses_signs(scales: Tensor, spec: LinearSpec) -> str | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.spec import ActSpec
-from .device import kernels, refuses_device, refuses_dtype
+from .device import kernels, refuses_device, refuses_dtype, refuses_gradient
 
 GROUPS = (16, 32, 64, 128)
 
@@ -18,7 +18,7 @@ def refuses_act(spec: ActSpec) -> str | None:
 
 
 def _refuses(x: Tensor, *args: Tensor | ActSpec) -> str | None:
-    return refuses_device(x) or refuses_dtype(x.dtype) or refuses_act(args[-1])
+    return refuses_device(x) or refuses_dtype(x.dtype) or refuses_act(args[-1]) or refuses_gradient(x)
 
 
 @ops.quantize_act.backend("triton", _refuses)
