@@ -41,13 +41,14 @@ FP8_SHIFT = tl.constexpr(8.0)  # P is multiplied by 2^8: e4m3 is normal down to 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
 @triton.jit
-def hadamard(D: tl.constexpr, TYPE: tl.constexpr):
-    """(D,D) of ±1: minus where i and j have an odd number of bits in common."""
+def hadamard(powers, D: tl.constexpr, TYPE: tl.constexpr):
+    """(D,D) of ±1, minus where i and j have an odd number of bits in common; row i times a power of two, powers[i]: so
+    that it is products that are multiplied by it, in fp32, and not numbers that float16 cannot hold then."""
     common = tl.arange(0, D)[:, None] & tl.arange(0, D)[None, :]
     common ^= common >> 4
     common ^= common >> 2
     common ^= common >> 1
-    return (1 - 2 * (common & 1)).to(tl.float32).to(TYPE)
+    return ((1 - 2 * (common & 1)).to(tl.float32) * powers[:, None]).to(TYPE)
 
 
 @triton.jit
@@ -71,12 +72,6 @@ def times_for(top, most: tl.constexpr):
 def int8_of(x):
     """x, |x| ≤ 127, rounded half to even; something of NaN, whose scale says what it is."""
     return (x + WHOLE).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def times(x, powers):
-    """x (·,D) times powers of two (D), which is exact."""
-    return (x.to(tl.float32) * powers[None, :]).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -128,9 +123,11 @@ def statistics(
 @triton.jit
 def balance(q_square, k_square):
     """What q is multiplied by and k divided: (σ(k)/σ(q))^½, after which both are as large in a channel. A power of two,
-    which changes no bit of what it multiplies."""
-    known = (q_square > TINY) & (k_square > TINY) & (q_square < float("inf")) & (k_square < float("inf"))
-    doubled = tl.log2(tl.where(known, k_square, 1.0)) - tl.log2(tl.where(known, q_square, 1.0))
+    which changes no bit of what it multiplies. Where one of them is nothing, as is a k that is the same everywhere, the
+    other matters as little, however large it is."""
+    known = (q_square < float("inf")) & (k_square < float("inf"))
+    doubled = tl.log2(tl.where(known & (k_square > TINY), k_square, TINY))
+    doubled -= tl.log2(tl.where(known & (q_square > TINY), q_square, TINY))
     power = tl.floor(0.25 * doubled + 0.5).to(tl.int32)
     power = tl.minimum(tl.maximum(power, -MOST_BALANCED), MOST_BALANCED)
     return ((127 + power) << 23).to(tl.float32, bitcast=True), ((127 - power) << 23).to(tl.float32, bitcast=True)
@@ -157,9 +154,9 @@ def quantize_keys(
     to_q, to_k = balance(q_square, k_square)
     x = tl.load(k + rows * ks + channel[None, :], mask=there, other=0.0)
     # Rounded, so that it can be multiplied as k is: any vector may be taken off, as long as it is the same everywhere.
-    mean = tl.broadcast_to((exact * to_k).to(x.dtype)[None, :], (16, D))
-    turn = hadamard(D, x.dtype)
-    turned = tl.dot(times(x, to_k), turn) - (tl.sum(tl.dot(mean, turn), 0) * 0.0625)[None, :]
+    mean = tl.broadcast_to(exact.to(x.dtype)[None, :], (16, D))
+    turn = hadamard(to_k, D, x.dtype)
+    turned = tl.dot(x, turn) - (tl.sum(tl.dot(mean, turn), 0) * 0.0625)[None, :]
     turned = tl.where(there, turned, 0.0)
     top = as_float(tl.max(sizes(turned)))
     tl.store(k8 + (head * tiles * N + rows) * D + channel[None, :], int8_of(turned * times_for(top, 127.0)))
@@ -184,7 +181,7 @@ def quantize_queries(
     there = row < tokens
     q += head // heads * qb + head % heads * qh
     x = tl.load(q + row[:, None].to(tl.int64) * qs + channel[None, :], mask=there[:, None], other=0.0)
-    turned = tl.dot(times(x, tl.load(rq + head * D + channel)), hadamard(D, x.dtype)) * scale
+    turned = tl.dot(x, hadamard(tl.load(rq + head * D + channel), D, x.dtype)) * scale
     top = as_float(tl.max(sizes(turned), 1))
     to = head * tokens + row
     codes = int8_of(turned * times_for(top, 127.0)[:, None])

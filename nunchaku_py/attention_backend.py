@@ -70,7 +70,9 @@ def _backend(name: str, products: Products, native: Callable[..., Tensor]) -> Ca
                or _refuses_tensors(query, key, value, products))
         if why is None:
             q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-            return ops.attention.torch_op(q, k, v, _token(products, scale)).transpose(1, 2)
+            # Its digits: to write them a compiler needs the number, which it would leave open otherwise.
+            digits = None if scale is None else float(scale).hex()
+            return ops.attention.torch_op(q, k, v, _token(products, digits)).transpose(1, 2)
         _told(name, why)
         return native(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                       enable_gqa=enable_gqa, return_lse=return_lse, _parallel_config=_parallel_config)
@@ -121,34 +123,49 @@ def _told(name: str, why: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _token(products: Products, scale: float | None) -> str:
+def _token(products: Products, scale: str | None) -> str:
     return _spec(products, scale).token
 
 
 @cache
-def _spec(products: Products, scale: float | None) -> AttentionSpec:
-    return AttentionSpec(products, scale)
+def _spec(products: Products, scale: str | None) -> AttentionSpec:
+    """scale: as float.hex() writes it."""
+    return AttentionSpec(products, None if scale is None else float.fromhex(scale))
 
 
 # -------------------------------------------------------------------------------------------------------------- explain
 def attention_lines(model: nn.Module) -> list[str]:
-    """For each kind of attention that is set to one of these backends, where it runs, and why not elsewhere."""
+    """For each kind of attention that is set to one of these backends, where it runs, and why not elsewhere; and how
+    much of it no backend that is set reaches."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if DISPATCH not in sys.modules or parameter is None:
         return []
     kinds = Counter(_kinds(model))
-    return [_line(name, dim, count, parameter.device, getattr(model, "dtype", parameter.dtype))
-            for (name, dim), count in kinds.items()]
+    found = [_line(name, dim, count, parameter.device, getattr(model, "dtype", parameter.dtype))
+             for (name, dim), count in kinds.items()]
+    beside = sum(_attends_itself(module) for module in model.modules())
+    if beside and (kinds or getattr(_default(), "value", None) in BACKENDS):
+        found.append(f"attention of {beside} modules: their processors take no backend, and call torch themselves")
+    return found
+
+
+def _default() -> Enum:
+    """Of the process, which diffusers sets with that of a model."""
+    return sys.modules[DISPATCH]._AttentionBackendRegistry._active_backend
+
+
+def _attends_itself(module: nn.Module) -> bool:
+    processor = getattr(module, "processor", None)
+    return processor is not None and not hasattr(processor, "_attention_backend")
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, int]]:
     """(backend, channels of a head) of every attention module that runs on one of ours."""
-    default = sys.modules[DISPATCH]._AttentionBackendRegistry._active_backend
     for module in model.modules():
         processor = getattr(module, "processor", None)
         if not hasattr(processor, "_attention_backend"):
             continue
-        name = getattr(processor._attention_backend or default, "value", None)
+        name = getattr(processor._attention_backend or _default(), "value", None)
         if name in BACKENDS:
             yield name, getattr(module, "head_dim", None) or module.inner_dim // module.heads
 

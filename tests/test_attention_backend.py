@@ -180,13 +180,35 @@ def test_a_copied_model_keeps_it(flux, as_gpu):
     assert torch.equal(run(again, inputs), run(model, inputs)) and not refusals()
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart"])
-def test_other_models_that_come_by_run_as_before(name, flux, caplog):
-    """… after one of them was set, which sets the default of all."""
+@pytest.mark.parametrize("name, calls", [("z_image", 4), ("qwen_image", 2)])
+def test_other_models_that_come_by_run_as_before(name, calls, flux, as_gpu):
+    """… after one of them was set, which sets the default of all: with what the kernels do not compute."""
     model, inputs = MODELS[name]()
     expected = run(model, inputs)
     flux[0].set_attention_backend("nunchaku_int8")
-    assert torch.equal(run(model, inputs), expected)
+    assert torch.equal(run(model, inputs), expected) and sum(refusals().values()) == calls
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart", "sana", "cogvideox"])
+def test_models_whose_processors_call_torch_are_not_reached(name, as_gpu):
+    model, inputs = MODELS[name]()
+    expected = run(model, inputs)
+    assert attention_backend.attention_lines(model) == []
+    model.set_attention_backend("nunchaku_int8")
+    assert torch.equal(run(model, inputs), expected) and not refusals()
+    line, = attention_backend.attention_lines(model)
+    assert line.endswith("modules: their processors take no backend, and call torch themselves")
+
+
+def test_resetting_a_model_leaves_the_default_of_the_process(flux, as_gpu):
+    """… as diffusers does: the way back is to set "native"."""
+    model, inputs = flux
+    expected = run(model, inputs)
+    model.set_attention_backend("nunchaku_int8")
+    set_, _ = run(model, inputs), model.reset_attention_backend()
+    assert torch.equal(run(model, inputs), set_) and "nunchaku_int8" in attention_backend.attention_lines(model)[0]
+    model.set_attention_backend("native")
+    assert torch.equal(run(model, inputs), expected) and attention_backend.attention_lines(model) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ fallbacks
@@ -219,6 +241,18 @@ def test_a_compiler_meets_any_of_them(as_gpu):
     for args, more in ((tensors(), {"attn_mask": MASK}), (tensors(40), {}), (tensors(), {"scale": 0.2})):
         assert relative(call(*args, **more), attend("native", *args, **more)) < 0.05
     assert refusals() == {"a mask is asked for": 1, "it takes heads of 64 or 128 channels, not 40": 1}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiler_meets_several_scales(dynamic, as_gpu):
+    """… the second of which it would leave open."""
+    torch._dynamo.reset()
+    call = torch.compile(lambda *args: attend("nunchaku_int8_16bit", *args[:3], scale=args[3]), fullgraph=True,
+                         backend="aot_eager", dynamic=dynamic)
+    for scale in (0.1, 0.2, 0.4, 1):
+        q, k, v = tensors()
+        assert relative(call(q, k, v, scale), attend("native", q, k, v, scale=scale)) < 0.03
+    assert not refusals()
 
 
 def test_gradients_flow(as_gpu):

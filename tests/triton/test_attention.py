@@ -1,6 +1,8 @@
 """attention in 8 bit against the formula in float64, on what makes 8 bit hard."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,6 +119,27 @@ def test_outliers_in_float16(device):
     assert_near(run(q, k, v, "16bit"), exact(q, k, v), "16bit")
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_channel_in_which_all_keys_are_alike(dtype, products, device):
+    """However large q is there, no score differs by it, and nothing may be left of it in a scale of int8."""
+    tensors = drawn(60, 200, 64, device)
+    tensors[0][..., 3] *= 300
+    tensors[1][..., 3] = 100
+    q, k, v = heads_first(tensors, dtype)
+    assert_near(run(q, k, v, products), exact(q, k, v), products)
+
+
+def test_what_is_balanced_may_be_more_than_float16_holds(device):
+    """A channel of k far from zero that hardly differs, where q is large: k is multiplied by 2^4 there, and is 10^4."""
+    tensors = drawn(60, 200, 64, device)
+    tensors[0][..., 3] *= 1000
+    tensors[1][..., 3] = 10000 + 8 * torch.randint(-1, 2, tensors[1].shape[:-1], device=device)
+    q, k, v = heads_first(tensors, torch.float16)
+    o = run(q, k, v, "16bit", 1e-3)
+    assert_near(o, exact(q, k, v, 1e-3), "16bit")
+
+
 @pytest.mark.parametrize("products, most", [("16bit", 0.035), ("fp8", 0.05)])
 def test_sharp_scores(products, most, device):
     """Some queries are six times as large as others, and so are the errors of their scores: 0.055 of a power of e where
@@ -184,12 +207,35 @@ def test_strides(products, device):
     assert torch.equal(run(q, *alike, products), run(q, *(t.contiguous() for t in alike), products))
 
 
-def test_nothing_is_written_beyond_o(device):
-    memory = torch.full((2, 50, 2, 64), 7.0, dtype=torch.bfloat16, device=device)
-    q, k, v = heads_first(drawn(33, 40, 64, device), torch.bfloat16)
-    kept = [tensor.clone() for tensor in (q, k, v)]
-    run(memory[:, :33].transpose(1, 2)[:1], k, v, "fp8")
-    assert (memory == 7).all() and all(map(torch.equal, kept, (q, k, v)))
+def within(tensor: Tensor, what: float) -> Tensor:
+    """The same among numbers that are `what`: before, behind, and between tokens and heads."""
+    batch, heads, rows, dim = tensor.shape
+    memory = torch.full((batch + 2, rows + 2, heads + 2, dim + 16), what, dtype=tensor.dtype, device=tensor.device)
+    view = memory[1:-1, 1:-1, 1:-1, 8:-8].transpose(1, 2)
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("tokens, keys, dim", [(33, 40, 64), (130, 129, 64), (1, 1, 128)])
+def test_nothing_else_is_read_or_written(tokens, keys, dim, products, device, monkeypatch):
+    """What stands beside q, k, v and o, and what stood where codes and scales are put."""
+    q, k, v = heads_first(drawn(tokens, keys, dim, device, batch=2), torch.bfloat16)
+    expected, made = run(q, k, v, products), []
+    monkeypatch.setattr(kernels, "empty_output", lambda q: made.append(within(q, 7.0)) or made[-1])
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+    o = run(*(within(tensor, float("nan")) for tensor in (q, k, v)), products)
+    assert o is made[0] and torch.equal(o, expected)
+    assert (o._base == 7).sum() >= o._base.numel() - o.numel()
+
+
+def filled(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """new_empty, with every byte 127: NaN in e4m3, and large in the other types."""
+    def new(*args: object, **more: object) -> Tensor:
+        made = empty(*args, **more)
+        made.view(torch.uint8).fill_(127)
+        return made
+
+    return new
 
 
 @pytest.mark.parametrize("batch, tokens", [(0, 5), (2, 0)])

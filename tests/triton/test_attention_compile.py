@@ -40,7 +40,6 @@ def test_p_and_v_are_multiplied_in_fp8(compiled, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_p_and_v_are_multiplied_in_16_bit(compiled, target):
-    """More often than the rotation of the queries alone."""
     for one in kernels_of(compiled, target, "attend", "16bit"):
         assert any(name.startswith(HALF.get(target, "mma.sync.aligned.m16n8k16")) for name in one.multiplies), one
         assert not any("e4m3" in name or "f8f6f4" in name for name in one.multiplies)
