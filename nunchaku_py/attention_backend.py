@@ -42,7 +42,8 @@ def attach(dispatch: ModuleType) -> None:
     native = registry._backends[names.NATIVE]
     for name, products in BACKENDS.items():
         if name in names._value2member_map_ or name.upper() in names.__members__:
-            _LOG.warning("attention: diffusers has a backend %s of its own, which is the one that runs", name)
+            if getattr(registry._backends.get(name), "__module__", None) != __name__:  # is not there from before
+                _LOG.warning("attention: diffusers has a backend %s of its own, which is the one that runs", name)
             continue
         member = add_member(names, name.upper(), name)
         registry.register(member, supports_context_parallel=True)(_backend(name, products, native))

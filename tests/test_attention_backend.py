@@ -96,6 +96,13 @@ def test_a_name_that_diffusers_has_itself_stays_its_own(caplog):
     assert "diffusers has a backend nunchaku_int8 of its own" in caplog.text
 
 
+def test_importing_us_anew_is_silent(caplog):
+    """… as in a notebook: what is there is ours."""
+    there = dict(_AttentionBackendRegistry._backends)
+    attach(dispatch)
+    assert _AttentionBackendRegistry._backends == there and not caplog.records
+
+
 def test_members_are_added_to_no_other_enumeration():
     class One(str, Enum):
         A = "a"
