@@ -139,7 +139,7 @@ def quantize_keys(
     k, v, parts, k8, sk, v8, sv, rq, kb, kh, ks, vb, vh, vs, heads, tokens, keys, tiles,
     D: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
 ):
-    """k8 (B·H,S',D) int8 of H·(k − μ)/r, with sk (B·H,S'/N) fp32 a scale for N keys, and rq (B·H,D) fp32, the r; for
+    """k8 (B·H,S',D) int8 of H·(k − μ)/r, with sk (B·H,S') fp32 a scale for each key, and rq (B·H,D) fp32, the r; for
     FP8 v8 (B·H,D,S') e4m3, with sv (B·H,D) fp32. S': whole tiles of keys, those beyond the last zero."""
     tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     k += head // heads * kb + head % heads * kh
@@ -158,9 +158,10 @@ def quantize_keys(
     turn = hadamard(to_k, D, x.dtype)
     turned = tl.dot(x, turn) - (tl.sum(tl.dot(mean, turn), 0) * 0.0625)[None, :]
     turned = tl.where(there, turned, 0.0)
-    top = as_float(tl.max(sizes(turned)))
-    tl.store(k8 + (head * tiles * N + rows) * D + channel[None, :], int8_of(turned * times_for(top, 127.0)))
-    tl.store(sk + head * tiles + tile, tl.math.div_rn(top, 127.0))
+    top = as_float(tl.max(sizes(turned), 1))
+    codes = int8_of(turned * times_for(top, 127.0)[:, None])
+    tl.store(k8 + (head * tiles * N + rows) * D + channel[None, :], codes)
+    tl.store(sk + head * tiles * N + row, tl.math.div_rn(top, 127.0))
     tl.store(rq + head * D + channel, to_q, mask=channel < tl.where(tile == 0, D, 0))
     if FP8:
         largest = as_float(tl.max(sizes(tl.load(parts + 3 * PARTS * D)), 0))
@@ -199,15 +200,15 @@ def add_keys(
     most is the largest score so far, in powers of two, as all scores are: acc and total are in units of 2^most."""
     channel, row = tl.arange(0, D), start + tl.arange(0, N)
     codes = tl.load(k8 + row[:, None] * D + channel[None, :])
-    scores = tl.dot(q8, tl.trans(codes), out_dtype=tl.int32)
-    step = sq * tl.load(sk + start // N)
+    # A scale for each key costs a product for each score. With one for all of a tile, a single large key, such as the
+    # first of a text often is, would round the others to nothing.
+    powers = tl.dot(q8, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * tl.load(sk + row)[None, :]
     if LAST:
-        powers = tl.where(row[None, :] < keys, scores.to(tl.float32) * step[:, None], -float("inf"))
-        now = tl.maximum(most, tl.max(powers, 1))
-        p = tl.exp2(powers - now[:, None] + (FP8_SHIFT if FP8 else 0.0))
-    else:
-        now = tl.maximum(most, tl.max(scores, 1).to(tl.float32) * step)
-        p = tl.exp2(scores.to(tl.float32) * step[:, None] - (now - (FP8_SHIFT if FP8 else 0.0))[:, None])
+        powers = tl.where(row[None, :] < keys, powers, -float("inf"))
+    now = tl.maximum(most, tl.max(powers, 1) * sq)
+    p = tl.exp2(powers * sq[:, None] - (now - (FP8_SHIFT if FP8 else 0.0))[:, None])
+    if LAST:
+        p = tl.where(row[None, :] < keys, p, 0.0)  # an infinity times a query of zeros is none
     fade = tl.exp2(most - now)
     total = total * fade + tl.sum(p, 1)
     if FP8:
@@ -235,7 +236,7 @@ def attend(
     tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     batch, own = head // heads, head % heads
     v, o = v + batch * vb + own * vh, o + batch * ob + own * oh
-    k8, v8, sk = k8 + head * padded * D, v8 + head * padded * D, sk + head * (padded // N)
+    k8, v8, sk = k8 + head * padded * D, v8 + head * padded * D, sk + head * padded
     rows, channel = tile * M + tl.arange(0, M), tl.arange(0, D)
     there = rows < tokens
     own_q8 = tl.load(q8 + (head * tokens + rows[:, None]) * D + channel[None, :], mask=there[:, None], other=0)
@@ -276,16 +277,16 @@ def empty_keys(k: Tensor, block: int, fp8: bool) -> Keys:
     batch, heads, keys, dim = k.shape
     count, tiles = batch * heads, blocks(keys, block)
     sk, sv, rq = (k.new_empty(shape, dtype=torch.float32) for shape in (
-        (count, tiles), (count, dim if fp8 else 0), (count, dim)))
+        (count, tiles * block), (count, dim if fp8 else 0), (count, dim)))
     v8 = k.new_empty((count, dim, tiles * block if fp8 else 0), dtype=torch.float8_e4m3fn if fp8 else torch.int8)
     return Keys(k.new_empty((count, tiles * block, dim), dtype=torch.int8), sk, v8, sv, rq)
 
 
 def quantized_keys(q: Tensor, k: Tensor, v: Tensor, block: int, fp8: bool) -> Keys:
-    """k (B,H,S,D) with a scale for every `block` keys; for FP8 v (B,H,S,D) too, transposed."""
+    """k (B,H,S,D) with a scale for each key, in tiles of `block`; for FP8 v (B,H,S,D) too, transposed."""
     batch, heads, tokens, dim = q.shape
     count, keys, found = batch * heads, k.shape[2], empty_keys(k, block, fp8)
-    parts, tiles = found.sk.new_empty(count, 4, PARTS, dim), found.sk.shape[1]
+    parts, tiles = found.sk.new_empty(count, 4, PARTS, dim), blocks(keys, block)
     strides, static = (*k.stride()[:3], *v.stride()[:3]), {"D": dim, "PARTS": PARTS, "FP8": fp8}
     launch.launch(statistics, (count * PARTS,), q, k, v, parts, *q.stride()[:3], *strides, heads, tokens, keys,
                   part_of(tokens), part_of(keys), warps=4, N=PART_ROWS, **static)

@@ -28,7 +28,7 @@ WGMMA = (9, 10)  # generations whose products are of four warps together; others
 ISSUED = 4  # warps that begin an instruction in a cycle
 # Instructions of a thread, counted in what is compiled for 9.0: for a score (converted, compared, scaled, raised,
 # added, rounded), for an element of the sums, and for a tile.
-PER_SCORE, PER_SUM, PER_TILE = 6.2, 1.0, 100.0
+PER_SCORE, PER_SUM, PER_TILE = 7.2, 1.0, 100.0
 L2_BYTES = 24  # that a processor gets of the L2 cache in a cycle, when all ask: 5.5 TB/s of an H100
 CLOCK, LAUNCH = 1.7e9, 2e-6
 MOST_REGISTERS = 250  # by this estimate; 255 is what a thread can have. Products of one warp take more besides:

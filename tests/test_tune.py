@@ -86,7 +86,7 @@ def test_attention_is_requested_as_it_is_launched(model: Path, as_gpu: None, mon
     assert tune_requests.stored_attention(model) == [tune_requests.Attention(2, 64)]
     monkeypatch.setattr(tune_requests, "HEADS_OF", (128,))
     assert tune_requests.stored_attention(model) == []
-    request, = tune_requests.attention_requests(tune_requests.flux_attention(), (64, 300), CPU)
+    request, _ = tune_requests.attention_requests(tune_requests.flux_attention(), (64, 300), CPU)
     case = tuning_cases.case_of(*request)
     q, k, v, spec = case.operands(CPU)
     asked = []

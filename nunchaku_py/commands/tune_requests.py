@@ -28,6 +28,7 @@ FLUX = {"attn.to_q": (3072, 3072), "proj_mlp": (12288, 3072), "ff.net.0.proj": (
         "norm1.linear": (18432, 3072), "norm.linear": (9216, 3072), "qkv": (9216, 3072), "single": (3072, 15360)}
 HEADS_OF = (64, 128)  # channels, that the kernels take
 LEAST_TOKENS = 256  # below, attention is no matter of time
+SAMPLES = (1, 2)  # of a call: with guidance two
 WEIGHT_ONLY_ROWS = 1  # of modulation: one a sample
 # By their names: what reads the output of a norm, which is quantized as it is made; and the first linears of
 # feed-forwards, whose ending quantizes for the second.
@@ -128,8 +129,9 @@ def attention_requests(kinds: Iterable[Attention], rows: Sequence[int], device: 
 
     from ..backends.triton.attention import multiplies_fp8
 
-    return [Request("attention", (kind.heads, m, kind.dim, multiplies_fp8(device), getattr(torch, kind.dtype)))
-            for kind in kinds for m in rows if m >= LEAST_TOKENS]
+    fp8 = multiplies_fp8(device)
+    return [Request("attention", (samples * kind.heads, m, kind.dim, fp8, getattr(torch, kind.dtype)))
+            for kind in kinds for m in rows if m >= LEAST_TOKENS for samples in SAMPLES]
 
 
 def requests(linears: Sequence[Linear], rows: Sequence[int], modes: Sequence[str], device: torch.device

@@ -18,7 +18,7 @@ from nunchaku_py.ops import AttentionSpec
 
 PRODUCTS = ("16bit", "fp8")
 # products → relative error at most, cosine at least. A rounding to int8 of what is normally distributed is off by 0.6 %
-# of it, one to e4m3 by 2.6 %: q and k make 1.1 % of the result, P and v in FP8 3.5 %.
+# of it, one to e4m3 by 2.6 %: q and k make 0.9 % of the result, P and v in FP8 3.5 %.
 BOUNDS = {"16bit": (0.02, 0.9995), "fp8": (0.05, 0.998)}
 OFFSETS = torch.tensor([30.0, -50.0, 80.0])
 
@@ -59,7 +59,14 @@ def large_in_v(q: Tensor, k: Tensor, v: Tensor) -> None:
     v[..., [5, 20]] *= 20
 
 
-HARD = (k_far_from_zero, k_far_and_q_large, large_in_q, large_in_k, large_in_both, large_in_the_same, large_in_v)
+def one_large_key(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Forty times as long as the others, as the first of a text can be, and away from all queries."""
+    q[..., 7] = q[..., 7].abs() + 0.5
+    k[:, 0], k[:, 0, :, 7] = 0, -40 * k.shape[-1] ** 0.5
+
+
+HARD = (k_far_from_zero, k_far_and_q_large, large_in_q, large_in_k, large_in_both, large_in_the_same, large_in_v,
+        one_large_key)
 
 
 def heads_first(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -104,11 +111,18 @@ def test_normal_data(tokens, keys, dim, dtype, products, device):
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("harden", HARD)
-def test_outliers(harden, dim, products, device):
-    tensors = drawn(60, 200, dim, device)
+@pytest.mark.parametrize("keys", [77, 200])
+def test_outliers(keys, harden, dim, products, device):
+    tensors = drawn(60, keys, dim, device)
     harden(*tensors)
     q, k, v = heads_first(tensors, torch.bfloat16)
     assert_near(run(q, k, v, products), exact(q, k, v), products)
+
+
+def test_a_query_of_zeros_takes_the_mean_of_v(device):
+    q, k, v = heads_first(drawn(20, 77, 64, device), torch.bfloat16)
+    q[:, :, 3] = 0
+    assert_near(run(q, k, v, "16bit"), exact(q, k, v), "16bit")
 
 
 def test_outliers_in_float16(device):
@@ -140,7 +154,7 @@ def test_what_is_balanced_may_be_more_than_float16_holds(device):
     assert_near(o, exact(q, k, v, 1e-3), "16bit")
 
 
-@pytest.mark.parametrize("products, most", [("16bit", 0.035), ("fp8", 0.05)])
+@pytest.mark.parametrize("products, most", [("16bit", 0.03), ("fp8", 0.05)])
 def test_sharp_scores(products, most, device):
     """Some queries are six times as large as others, and so are the errors of their scores: 0.055 of a power of e where
     the scores of those are off by 0.009. What is left of them in o is less, as one key has nearly all of the weight."""
