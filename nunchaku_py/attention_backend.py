@@ -100,6 +100,9 @@ def _refuses_tensors(query: Tensor, key: Tensor, value: Tensor, products: Produc
         return "query and key differ in batch, heads or channels"
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         return "query, key and value differ in dtype or device"
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != query.dtype:
+        return "autocast wants another dtype"
     dim = index(query.shape[-1])  # a number, also where a compiler would leave it open
     return (_refuses_kind(query.device, query.dtype, dim, products)
             or refuses_memory(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)))

@@ -20,7 +20,6 @@ from torch import Tensor
 import nunchaku_py as nq
 from nunchaku_py import attention_backend
 from nunchaku_py.attention_backend import BACKENDS, add_member, attach, refusals
-from nunchaku_py.backends.triton import device as gpu
 from tests.checks import QUICK, relative, run
 from tests.tiny import MODELS
 
@@ -39,13 +38,9 @@ def nothing_said_nor_set() -> Iterator[None]:
 def as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter on this machine's tensors, taken for those of an RTX 40."""
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU Triton's kernels run there")
-    from tests.triton import interpreter
+    from tests.triton.conftest import taken_for_gpu
 
-    interpreter.teach()
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "capability_of", lambda device: (8, 9))
+    taken_for_gpu(monkeypatch, (8, 9))
 
 
 @pytest.fixture
@@ -285,6 +280,13 @@ def test_another_backend_that_is_forced_is_heeded(as_gpu):
     with nq.ops.backend("torch"):
         assert torch.equal(attend("nunchaku_int8", q, k, v), attend("native", q, k, v))
     assert refusals() == {"the backend torch is asked for, and not triton": 1}
+
+
+def test_autocast_says_what_it_wants(as_gpu):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend("nunchaku_int8", *tensors()).dtype == torch.bfloat16 and not refusals()
+        assert attend("nunchaku_int8", *tensors(dtype=torch.float16)).dtype == torch.bfloat16
+    assert refusals() == {"autocast wants another dtype": 1}
 
 
 def test_shapes_that_diffusers_refuses_are_refused_by_diffusers():

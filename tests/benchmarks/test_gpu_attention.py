@@ -4,11 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import gpu_attention
 from benchmarks.rows import read
-from nunchaku_py.backends.triton import device as gpu
 
 Line = dict[str, str]
 FLASH = "torch sdpa flash"
@@ -27,13 +25,9 @@ def run(folder: Path, *more: str) -> dict[str, Line]:
 @pytest.fixture
 def as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU Triton's kernels run there")
-    from tests.triton import interpreter
+    from tests.triton.conftest import taken_for_gpu
 
-    interpreter.teach()
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "capability_of", lambda device: (8, 9))
+    taken_for_gpu(monkeypatch, (8, 9))
 
 
 def test_a_row_for_every_contender(tmp_path: Path, as_gpu: None, capsys: pytest.CaptureFixture) -> None:

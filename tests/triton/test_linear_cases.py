@@ -1,6 +1,7 @@
 """The linear ops by Triton's kernels in the calls of the CUDA kernels' tests; what is exact; what is refused."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -52,22 +53,18 @@ def test_int8(device: str, suffix: str, m: int, n: int, k: int, r: int, dtype: t
 
 @DTYPES
 def test_int4(device: str, dtype: torch.dtype) -> None:
-    for op, _, rows in calls.endings(dtype, calls.operands, lambda args: args, calls.specs, calls.CODES):
-        for args in rows:
-            got, want = run(op, device, *args), op.reference(*args)
-            if op.name.endswith("_quantize"):
-                assert_same_codes(got, want)
-            else:
-                for one, other in zip(each(got), each(want), strict=True):
-                    nvfp4.assert_near(one, other)
+    assert_all_endings(device, dtype, calls.operands, calls.specs, calls.CODES)
 
 
 @DTYPES
 def test_nvfp4(blackwell: str, dtype: torch.dtype) -> None:
-    for op, _, rows in calls.endings(dtype, partial(nvfp4.operands, branch=1 / 8), lambda args: args, nvfp4.specs,
-                                     nvfp4.CODES):
+    assert_all_endings(blackwell, dtype, partial(nvfp4.operands, branch=1 / 8), nvfp4.specs, nvfp4.CODES)
+
+
+def assert_all_endings(device: str, dtype: torch.dtype, operands: Callable, specs: Callable, act: ActSpec) -> None:
+    for op, _, rows in calls.endings(dtype, operands, lambda args: args, specs, act):
         for args in rows:
-            got, want = run(op, blackwell, *args), op.reference(*args)
+            got, want = run(op, device, *args), op.reference(*args)
             if op.name.endswith("_quantize"):
                 assert_same_codes(got, want)
             else:
