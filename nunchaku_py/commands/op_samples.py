@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..backends.cuda.device import refuses_nvfp4
+from ..backends.cuda import device as gpu
 from ..formats import group_count
-from ..ops.registry import Op
-from ..ops.spec import MMA, ROW, ActSpec, LinearSpec, mma_scales
+from ..ops.registry import Op, forced_backend
+from ..ops.spec import MMA, ROW, ActSpec, AttentionSpec, LinearSpec, mma_scales
 
 M, K, N, R, HEAD = 128, 384, 384, 32, 64
 GROUPS = {"int4": 64, "nvfp4": 16}
@@ -30,12 +30,17 @@ def sample(op: Op, fmt: str, device: str, dtype: torch.dtype = torch.bfloat16) -
 
 
 def _layout(fmt: str, act: str, device: str) -> str:
-    """How a GPU's kernels for 4-bit activations want them; one that multiplies none has all in rows."""
-    packs = device == "cuda" and act == fmt and (fmt == "int4" or refuses_nvfp4(torch.device(device)) is None)
-    return MMA if packs else ROW
+    """How compiled kernels for 4-bit activations want them; where none runs that multiplies such, all is in rows."""
+    if device != "cuda" or act != fmt or forced_backend() not in (None, "cuda"):
+        return ROW
+    here = torch.device(device)
+    refused = gpu.refuses_gpu(gpu.capability_of(here)) or (gpu.refuses_nvfp4(here) if fmt == "nvfp4" else None)
+    return ROW if refused else MMA
 
 
-def _spec(op: Op, fmt: str, act: str, layout: str) -> ActSpec | LinearSpec:
+def _spec(op: Op, fmt: str, act: str, layout: str) -> ActSpec | AttentionSpec | LinearSpec:
+    if op.spec_class is AttentionSpec:
+        return AttentionSpec()
     group = GROUPS.get(act, 0)
     if op.spec_class is ActSpec:
         return ActSpec(act, group, norm="layer" if op.name.startswith("norm_") else "none", layout=layout)

@@ -171,6 +171,8 @@ def test_info_asks_with_what_a_gpu_is_given(monkeypatch: pytest.MonkeyPatch) -> 
     assert able == built
     linear_w4a4 = sample(ops.linear_w4a4, "int4", "cuda")
     assert ops.linear_w4a4(*linear_w4a4).shape == (128, 384)
+    monkeypatch.setattr(gpu, "refuses_gpu", lambda capability: "it was not built")
+    assert sample(ops.linear_w4a4, "int4", "cuda")[-1].layout == "row"
 
 
 def test_tiles(on_host: ModuleType) -> None:
