@@ -207,8 +207,6 @@ def add_keys(
         powers = tl.where(row[None, :] < keys, powers, -float("inf"))
     now = tl.maximum(most, tl.max(powers, 1) * sq)
     p = tl.exp2(powers * sq[:, None] - (now - (FP8_SHIFT if FP8 else 0.0))[:, None])
-    if LAST:
-        p = tl.where(row[None, :] < keys, p, 0.0)  # an infinity times a query of zeros is none
     fade = tl.exp2(most - now)
     total = total * fade + tl.sum(p, 1)
     if FP8:
@@ -241,6 +239,7 @@ def attend(
     there = rows < tokens
     own_q8 = tl.load(q8 + (head * tokens + rows[:, None]) * D + channel[None, :], mask=there[:, None], other=0)
     own_sq = tl.load(sq + head * tokens + rows, mask=there, other=0.0)
+    own_sq = tl.where(own_sq == 0, TINY, own_sq)  # of a query of zeros: an infinity times 0 were NaN
     acc, total = tl.zeros((M, D), tl.float32), tl.zeros((M,), tl.float32)
     most = tl.full((M,), -float("inf"), tl.float32)
     whole = keys // N * N
@@ -291,7 +290,7 @@ def quantized_keys(q: Tensor, k: Tensor, v: Tensor, block: int, fp8: bool) -> Ke
     launch.launch(statistics, (count * PARTS,), q, k, v, parts, *q.stride()[:3], *strides, heads, tokens, keys,
                   part_of(tokens), part_of(keys), warps=4, N=PART_ROWS, **static)
     launch.launch(quantize_keys, (count * tiles,), k, v, parts, *found, *strides, heads, tokens, keys, tiles,
-                  warps=4 if block * dim <= 4096 else 8, N=block, **static)
+                  warps=4 if block * dim < 4096 else 8, N=block, **static)
     return found
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TARGETS = (80, 86, 89, 90, 100, 120)
-LITTLE = 64  # bytes of a thread in local memory, sixteen registers; a tile that does not fit takes hundreds
 MULTIPLY = re.compile(r"\b((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|mma)\.[\w.:]+)")
 FROM_REGISTERS = re.compile(r"wgmma\.mma_async[\w.]+\s*\{[^}]*\}\s*,\s*\{")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*?SHARED:(\d+)", re.DOTALL)

@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.triton.compiling import LITTLE, TARGETS, Compiled
+from tests.triton.compiling import TARGETS, Compiled
 
 FP8_TARGETS = tuple(target for target in TARGETS if target >= 89)
 # What is not by the instructions of 8.0. INT8 on 10.0 is: Triton does not use tcgen05 for it.
 INT8 = {90: "wgmma.mma_async.sync.aligned.m64"}
 FP8 = {90: ("wgmma.mma_async", ".f32.e4m3.e4m3"), 100: ("tcgen05.mma", "kind::f8f6f4")}
 HALF = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
-TAIL = {100: 256}  # bytes of a thread in local memory, at 10.0 in FP8 where the last keys are not a whole tile
+# Bytes of a thread in local memory where the last keys are not a whole tile; elsewhere nothing spills.
+TAIL = {100: 256, 120: 16}
 
 Found = Callable[[int], list[Compiled]]
 
@@ -49,4 +50,4 @@ def test_p_and_v_are_multiplied_in_16_bit(compiled, target):
 def test_registers_suffice(compiled, target, kernel):
     for one in kernels_of(compiled, target, kernel):
         tail = kernel == "attend" and one.constants["TAIL"] == "True"
-        assert one.stack <= (TAIL.get(target, LITTLE) if tail else LITTLE), one
+        assert one.stack <= (TAIL.get(target, 0) if tail else 0), one

@@ -8,9 +8,10 @@ import pytest
 
 from nunchaku_py.kernels.gpu import SHARED
 from tests.triton import calls
-from tests.triton.compiling import LITTLE, TARGETS, Compiled
+from tests.triton.compiling import TARGETS, Compiled
 
 ON_TARGETS = pytest.mark.parametrize("target", TARGETS)
+LITTLE = 64  # bytes of a thread, sixteen registers; a tile that does not fit takes hundreds
 Compile = Callable[[int], list[Compiled]]
 
 
