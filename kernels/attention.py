@@ -26,14 +26,13 @@ from . import launch
 from .attention_config import CHOICES, problem_of
 from .config import Config, blocks, choose
 from .gpu import gpu_of
+from .numbers import WHOLE, sizes
 
 PARTS = 16  # of the keys, whose sums are made at once
 QUERIES = 64  # that a block quantizes
 PART_ROWS = 32  # rows that are added to a sum at a time
 LOG2_E = math.log2(math.e)
-WHOLE = tl.constexpr(12582912.0)  # 1.5·2^23: the last bits of x + WHOLE are x rounded half to even, in two's complement
 TINY = tl.constexpr(1e-30)  # what 127/x is finite above; below everything is zero
-SIZE = tl.constexpr(0x7FFFFFFF)  # the bits of fp32 without its sign
 MOST_BALANCED = tl.constexpr(10)  # 2^10: float16 reaches from 2^-14 to 2^16
 FP8_TOP = tl.constexpr(448.0)
 FP8_SHIFT = tl.constexpr(8.0)  # P is multiplied by 2^8: e4m3 is normal down to 2^-6, so P down to 2^-14; and 1 is exact
@@ -49,12 +48,6 @@ def hadamard(powers, D: tl.constexpr, TYPE: tl.constexpr):
     common ^= common >> 2
     common ^= common >> 1
     return ((1 - 2 * (common & 1)).to(tl.float32) * powers[:, None]).to(TYPE)
-
-
-@triton.jit
-def sizes(x):
-    """int32, ordered as |x|, with NaN above everything: unlike in maxima of floats it is not lost in one of these."""
-    return x.to(tl.int32, bitcast=True) & SIZE
 
 
 @triton.jit
@@ -96,7 +89,7 @@ def part_top(x, stride, first, last, D: tl.constexpr, N: tl.constexpr):
     for start in range(first, last, N):
         rows = (start + row).to(tl.int64)
         value = tl.load(x + rows * stride + channel, mask=rows < last, other=0.0)
-        top = tl.maximum(top, sizes(value.to(tl.float32)))
+        top = tl.maximum(top, sizes(value.to(tl.float32), False))
     return as_float(tl.max(top, 0))
 
 
@@ -158,13 +151,13 @@ def quantize_keys(
     turn = hadamard(to_k, D, x.dtype)
     turned = tl.dot(x, turn) - (tl.sum(tl.dot(mean, turn), 0) * 0.0625)[None, :]
     turned = tl.where(there, turned, 0.0)
-    top = as_float(tl.max(sizes(turned), 1))
+    top = as_float(tl.max(sizes(turned, False), 1))
     codes = int8_of(turned * times_for(top, 127.0)[:, None])
     tl.store(k8 + (head * tiles * N + rows) * D + channel[None, :], codes)
     tl.store(sk + head * tiles * N + row, tl.math.div_rn(top, 127.0))
     tl.store(rq + head * D + channel, to_q, mask=channel < tl.where(tile == 0, D, 0))
     if FP8:
-        largest = as_float(tl.max(sizes(tl.load(parts + 3 * PARTS * D)), 0))
+        largest = as_float(tl.max(sizes(tl.load(parts + 3 * PARTS * D), False), 0))
         value = tl.load(v + rows * vs + channel[None, :], mask=there, other=0.0).to(tl.float32)
         code = (value * times_for(largest, FP8_TOP)[None, :]).to(v8.dtype.element_ty)
         tl.store(v8 + (head * D + channel[:, None]) * tiles * N + row[None, :], tl.trans(code))
@@ -183,7 +176,7 @@ def quantize_queries(
     q += head // heads * qb + head % heads * qh
     x = tl.load(q + row[:, None].to(tl.int64) * qs + channel[None, :], mask=there[:, None], other=0.0)
     turned = tl.dot(x, hadamard(tl.load(rq + head * D + channel), D, x.dtype)) * scale
-    top = as_float(tl.max(sizes(turned), 1))
+    top = as_float(tl.max(sizes(turned, False), 1))
     to = head * tokens + row
     codes = int8_of(turned * times_for(top, 127.0)[:, None])
     tl.store(q8 + to[:, None] * D + channel[None, :], codes, mask=there[:, None])

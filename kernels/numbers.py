@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .decode import e4m3
+
 SIZE = tl.constexpr(0x7FFFFFFF)  # the bits of fp32 without its sign
 INFINITY = tl.constexpr(0x7F800000)
 NAN = tl.constexpr(0x7FC00000)
@@ -48,13 +50,6 @@ def e4m3_of(scale):
     steps = (scale + 24576.0).to(tl.int32, bitcast=True) & 0xF  # of 2^-9, the last bit of 1.5·2^14
     code = tl.where(scale < 0.015625, steps, normal)
     return tl.where(bits < INFINITY, code, NO_E4M3)
-
-
-@triton.jit
-def e4m3_value(code):
-    """fp32 of the bits of what is neither negative nor NaN."""
-    normal = ((code + (120 << 3)) << 20).to(tl.float32, bitcast=True)
-    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
 
 
 @triton.jit
@@ -112,10 +107,10 @@ def quantize_groups(v, FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.cons
     groups = v.reshape(BM, BK // GROUP, GROUP)
     top = tl.max(sizes(groups, FORMAT == "uint4"), 2)
     if FORMAT == "nvfp4":
-        e4m3 = e4m3_of(divided_top(top, 6.0))
-        scale = tl.where(e4m3 < NO_E4M3, e4m3_value(e4m3), 0.0)
+        bits = e4m3_of(divided_top(top, 6.0))
+        scale = tl.where(bits < NO_E4M3, e4m3(bits), 0.0)
         codes = e2m1_codes(groups, scale[:, :, None])
-        stored = e4m3.to(tl.uint8)
+        stored = bits.to(tl.uint8)
     else:
         stored = rounded_scale(divided_top(top, 15.0 if FORMAT == "uint4" else 7.0), SCALE)
         lowest: tl.constexpr = 0.0 if FORMAT == "uint4" else -7.0
