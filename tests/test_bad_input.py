@@ -244,7 +244,7 @@ def _fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(filename).write_bytes(b"a part")
         raise OSError(28, "No space left on device", str(filename))
 
-    monkeypatch.setattr(nunchaku_py.checkpoint.own, "save_file", fail)
+    monkeypatch.setattr(nunchaku_py.checkpoint.own, "write_tensors", lambda path, *_: fail({}, path))
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
     monkeypatch.setattr(diffusers.models.modeling_utils, "safetensors", safetensors, raising=False)
 

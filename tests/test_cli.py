@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nunchaku_py import cli, quantize
+from nunchaku_py.checkpoint.headers import read_header
 from nunchaku_py.commands.arguments import BACKENDS
-from nunchaku_py.commands.headers import read_header
 from nunchaku_py.ops.registry import ORDER
 from nunchaku_py.quantize import Run
 from tests.tiny_pipelines import flux_prompt

@@ -1,5 +1,14 @@
-"""Reading and writing checkpoints: our own canonical format."""
-from .manifest import Manifest
-from .own import load, save
+"""Reading and writing checkpoints: our own canonical format. Names come when asked for: headers are read without torch.
+"""
+from __future__ import annotations
 
-__all__ = ["Manifest", "load", "save"]
+_PUBLIC = {"Manifest": "manifest", "load": "own", "save": "own"}
+__all__ = ["Manifest", "load", "save"]  # noqa: F822
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import NunchakuError
 from ..folders import read_json
 from ..linear import QuantizedSite
+from ..module_tools import dtype_name
 from ..split_linear import SplitLinear
 from ..swap import quantized_models
+from .build import empty_model, model_class, one_line
+from .headers import read_header, shown
 from .manifest import QUANT_METHOD, Manifest
-from .validate import check_keys, check_loaded, check_state, split_parameter, stored_keys
+from .tensor_file import TensorFile, layout_of, write_tensors
+from .validate import check_keys, check_loaded, check_state, split_parameter
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> Path:
@@ -48,21 +50,10 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
     if not path.is_dir():
         raise NunchakuError(f"{path}: no such file or folder")
     for file in sorted(path.rglob("*.safetensors")):
-        stored_keys(file)
+        read_header(file)
     if (path / "model_index.json").is_file():
         return _read_pipeline(path, mode, dtype)
     return _read_folder(path, mode, dtype)
-
-
-def model_class(config: dict[str, Any], source: str) -> Any:
-    import diffusers
-    import transformers
-
-    name = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
-    found = getattr(diffusers, str(name), None) or getattr(transformers, str(name), None)
-    if found is None:
-        raise NunchakuError(f"{source}: model class {name!r} is not one that diffusers or transformers has")
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -107,7 +98,7 @@ def _from_pretrained(cls: Any, path: Path, dtype: torch.dtype | None) -> Any:
     """diffusers' or transformers' own reader; its refusals become sentences that name the folder."""
     try:
         return cls.from_pretrained(path, **dtype_argument(dtype))
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # of a damaged config they expect anything to be as they wrote it
         named = isinstance(error, NunchakuError) and str(path) in str(error)
         raise error if named else NunchakuError(f"{path}: {error}") from error
 
@@ -121,43 +112,61 @@ def _in_mode(model: nn.Module, mode: str) -> nn.Module:
 
 
 def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
-    stored_keys(path)
-    with safe_open(path, framework="pt") as file:
-        config = _config_of(file.metadata(), path)
+    with TensorFile(path) as file:
+        config = _config_of(file.metadata, path)
+        shared = _shared_of(file, path)
         manifest = Manifest.from_json(config["quantization_config"], str(path))
-        model = _empty_model(config, path)
-        keys, shared = list(file.keys()), json.loads(file.metadata().get("shared", "{}"))
-        manifest.install(model, keys, str(path))
-        check_keys(model, [*keys, *shared], str(path))
-        for key in keys:
-            _put(model, key, file.get_tensor(key), dtype, str(path))
+        stored = sum(tensor.nbytes for tensor in file.tensors.values())
+        model = empty_model(config, len(file.tensors) + len(shared), stored, str(path))
+        manifest.install(model, file.names(), str(path))
+        check_keys(model, [*file.names(), *shared], str(path))
+        wanted = set(model.state_dict())  # a model may allow tensors that it does not have
+        for name in file.names():
+            if name in wanted:
+                _put(model, name, file.read(name), dtype, str(path))
     for second, first in shared.items():
-        parent, leaf = split_parameter(model, second)
-        parent._parameters[leaf] = model.get_parameter(first)
+        _share(model, first, second, str(path))
     check_loaded(model, str(path), mode)
-    _attach_stored(model, config["quantization_config"])
+    _attach_stored(model, config["quantization_config"], str(path))
     return model.eval()
 
 
-def _config_of(metadata: dict[str, str] | None, path: Path) -> dict[str, Any]:
+def _config_of(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    config = _json_in(metadata, "config", path)
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise NunchakuError(f"{path}: not a file of ours: its metadata holds no 'config' with our quantization_config")
+    return config
+
+
+def _shared_of(file: TensorFile, path: Path) -> dict[str, str]:
+    """Second name → first name of tensors that the file holds once."""
+    shared = _json_in(file.metadata, "shared", path)
+    for second, first in shared.items():
+        if not isinstance(first, str) or first not in file or second in file:
+            raise NunchakuError(f"{path}: damaged: 'shared' in its metadata says that {shown(second)} is "
+                                f"{shown(str(first))}")
+    return shared
+
+
+def _json_in(metadata: dict[str, str], key: str, path: Path) -> dict[str, Any]:
+    """The JSON object that one metadata value holds; an empty one where there is none."""
     try:
-        config = json.loads((metadata or {})["config"])
-        if config["quantization_config"]["quant_method"] == QUANT_METHOD:
-            return config
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise NunchakuError(f"{path}: not a file of ours: its metadata holds no 'config' with our quantization_config")
+        value = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise NunchakuError(f"{path}: damaged: {key!r} in its metadata is not JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise NunchakuError(f"{path}: damaged: {key!r} in its metadata is not a table")
+    return value
 
 
-def _empty_model(config: dict[str, Any], path: Path) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    cls = model_class(config, str(path))
-    with init_empty_weights():
-        if hasattr(cls, "from_config"):
-            return cls.from_config(plain)
-        return cls(cls.config_class.from_dict(plain))
+def _share(model: nn.Module, first: str, second: str, source: str) -> None:
+    tensor = split_parameter(model, first)
+    parent, leaf = split_parameter(model, second)
+    old, new = getattr(parent, leaf), getattr(*tensor)
+    if old.shape != new.shape or leaf not in parent._parameters or not isinstance(new, nn.Parameter):
+        raise NunchakuError(f"{source}: {shown(second)}: is said to be {shown(first)}, which is another kind of tensor")
+    parent._parameters[leaf] = new
 
 
 def _put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | None, source: str) -> None:
@@ -168,6 +177,8 @@ def _put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | 
     old = getattr(module, leaf)
     if old.shape != tensor.shape:
         raise NunchakuError(f"{source}: {key}: expected {tuple(old.shape)}, got {tuple(tensor.shape)}")
+    if old.is_floating_point() != tensor.is_floating_point():
+        raise NunchakuError(f"{source}: {key}: expected {dtype_name(old.dtype)}, got {dtype_name(tensor.dtype)}")
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     if leaf in module._parameters:
@@ -176,15 +187,16 @@ def _put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | 
         module._buffers[leaf] = tensor
 
 
-def _attach_stored(model: nn.Module, quantization: dict[str, Any]) -> None:
-    if hasattr(model, "register_to_config"):
-        from ..diffusers_hook import SVDQuantConfig, mark_quantized
+def _attach_stored(model: nn.Module, quantization: dict[str, Any], source: str) -> None:
+    from ..diffusers_hook import SVDQuantConfig, mark_quantized
+    from ..transformers_hook import TextSVDQuantConfig, mark_text_quantized
 
-        mark_quantized(model, SVDQuantConfig.from_dict(quantization))
-    else:
-        from ..transformers_hook import TextSVDQuantConfig, mark_text_quantized
-
-        mark_text_quantized(model, TextSVDQuantConfig.from_dict(quantization))
+    diffusers_like = hasattr(model, "register_to_config")
+    try:
+        config = (SVDQuantConfig if diffusers_like else TextSVDQuantConfig).from_dict(quantization)
+    except (TypeError, ValueError) as error:
+        raise NunchakuError(f"{source}: quantization_config: {one_line(error)}") from error
+    (mark_quantized if diffusers_like else mark_text_quantized)(model, config)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -203,21 +215,7 @@ def _write_single(model: nn.Module, path: Path) -> None:
     tensors, shared = _without_shared(model.state_dict())
     if shared:
         metadata["shared"] = json.dumps(shared, sort_keys=True)
-    save_file(tensors, path, metadata=metadata)
-    _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """safetensors writes its metadata in the order of a hash map; the same model must give the same bytes."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) != length:
-            raise NunchakuError(f"{path}: the header does not fit its place after sorting")
-        file.seek(8)
-        file.write(text)
+    write_tensors(path, layout_of(tensors), tensors.items(), metadata)
 
 
 def _without_shared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
 from ..swap import prepare, quantized_sites
+from .headers import read_header
 
 _MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
 _SHOWN = 3
@@ -87,11 +87,7 @@ def check_finite(site: QuantizedSite, label: str) -> None:
 
 def stored_keys(path: str | Path) -> list[str]:
     """The tensor names of a safetensors file; a truncated or corrupted one is refused before anything is built."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise NunchakuError(f"{path}: not a readable safetensors file: {error}") from error
+    return list(read_header(path).tensors)
 
 
 def _some(names: list[str]) -> str:

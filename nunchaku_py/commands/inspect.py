@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.headers import Header, TensorHeader, read_header
 from ..errors import NunchakuError
 from ..folders import read_json
-from .headers import Header, TensorHeader, read_header
 from .lora_files import coverage, described
 from .sources import check_there, class_name, model_path, quantization_of, weight_bytes
 from .stored_folds import StoredFolds

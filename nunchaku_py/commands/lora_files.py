@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.headers import Header, TensorHeader
 from ..folders import read_json
 from ..lora.keys import parse
-from .headers import Header, TensorHeader
 from .sources import Source, loading, quiet_libraries
 from .tables import table
 
@@ -109,7 +109,7 @@ def _empty(folder: Path) -> Any:
     """The model of a folder, without weights."""
     from accelerate import init_empty_weights
 
-    from ..checkpoint.own import model_class
+    from ..checkpoint.build import model_class
 
     config = read_json(folder / "config.json")
     config.pop("quantization_config", None)

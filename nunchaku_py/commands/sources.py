@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.headers import Header, read_header
 from ..demo import shipped
 from ..errors import NunchakuError
 from ..folders import read_call, read_json
-from .headers import Header, read_header
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "bf16"}  # 32-bit files are run and quantized in 16 bit
@@ -126,7 +126,8 @@ def torch_dtype(name: str) -> Any:
 
 def load_model(folder: Path, dtype: str) -> Any:
     """One model, in eval mode, on the CPU."""
-    from ..checkpoint.own import dtype_argument, model_class
+    from ..checkpoint.build import model_class
+    from ..checkpoint.own import dtype_argument
 
     with loading(folder):
         cls = model_class(read_json(folder / "config.json"), str(folder))

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.headers import Header, TensorHeader, read_header
 from ..errors import NunchakuError
-from .headers import Header, TensorHeader, read_header
 
 OURS = "nunchaku_py"
 LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..checkpoint.headers import Header, read_header
 from ..errors import NunchakuError
 from ..folders import read_json
-from .headers import Header, read_header
 from .sources import check_there, quantization_of
 from .stored_sites import OURS, config_in, merged, stored_sites
 
