@@ -18,12 +18,12 @@ from torch import nn
 from ..errors import NunchakuError
 from ..folders import read_json
 from ..linear import QuantizedSite
-from ..module_tools import dtype_name
-from ..split_linear import SplitLinear
 from ..swap import quantized_models
 from .build import empty_model, model_class, one_line
+from .fill import attach_stored, put
 from .headers import read_header, shown
 from .manifest import QUANT_METHOD, Manifest
+from .nunchaku.read import is_nunchaku, read_nunchaku
 from .tensor_file import TensorFile, layout_of, write_tensors
 from .validate import check_keys, check_loaded, check_state, split_parameter
 
@@ -43,16 +43,19 @@ def save(model: Any, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | None = None) -> Any:
-    """Read what `save` wrote: a model or pipeline folder, or a single file. Returns the ordinary diffusers class."""
+    """Read what `save` wrote, a model or pipeline folder or a single file; or one of Nunchaku's. Returns the ordinary
+    class of diffusers or transformers."""
     path = Path(path)
     if path.is_file():
-        return _read_single(path, mode, dtype)
+        return (read_nunchaku if is_nunchaku(path) else _read_single)(path, mode, dtype)
     if not path.is_dir():
         raise NunchakuError(f"{path}: no such file or folder")
     for file in sorted(path.rglob("*.safetensors")):
         read_header(file)
     if (path / "model_index.json").is_file():
         return _read_pipeline(path, mode, dtype)
+    if is_nunchaku(path):
+        return read_nunchaku(path, mode, dtype)
     return _read_folder(path, mode, dtype)
 
 
@@ -63,7 +66,7 @@ def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     if quantization.get("quant_method") != QUANT_METHOD:
         raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
                             f"(quant_method is {quantization.get('quant_method')!r})")
-    return _in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
+    return in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
 
 
 def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
@@ -72,7 +75,7 @@ def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
     pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
-            _in_mode(component, mode)
+            in_mode(component, mode)
     return pipe
 
 
@@ -103,7 +106,7 @@ def _from_pretrained(cls: Any, path: Path, dtype: torch.dtype | None) -> Any:
         raise error if named else NunchakuError(f"{path}: {error}") from error
 
 
-def _in_mode(model: nn.Module, mode: str) -> nn.Module:
+def in_mode(model: nn.Module, mode: str) -> nn.Module:
     if mode != "auto":
         for module in model.modules():
             if isinstance(module, QuantizedSite):
@@ -123,11 +126,11 @@ def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
         wanted = set(model.state_dict())  # a model may allow tensors that it does not have
         for name in file.names():
             if name in wanted:
-                _put(model, name, file.read(name), dtype, str(path))
+                put(model, name, file.read(name), dtype, str(path))
     for second, first in shared.items():
         _share(model, first, second, str(path))
     check_loaded(model, str(path), mode)
-    _attach_stored(model, config["quantization_config"], str(path))
+    attach_stored(model, config["quantization_config"], str(path))
     return model.eval()
 
 
@@ -167,36 +170,6 @@ def _share(model: nn.Module, first: str, second: str, source: str) -> None:
     if old.shape != new.shape or leaf not in parent._parameters or not isinstance(new, nn.Parameter):
         raise NunchakuError(f"{source}: {shown(second)}: is said to be {shown(first)}, which is another kind of tensor")
     parent._parameters[leaf] = new
-
-
-def _put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | None, source: str) -> None:
-    module, leaf = split_parameter(model, key)
-    if isinstance(module, QuantizedSite | SplitLinear):
-        module.set_tensor(leaf, tensor, f"{source}: {key}")
-        return
-    old = getattr(module, leaf)
-    if old.shape != tensor.shape:
-        raise NunchakuError(f"{source}: {key}: expected {tuple(old.shape)}, got {tuple(tensor.shape)}")
-    if old.is_floating_point() != tensor.is_floating_point():
-        raise NunchakuError(f"{source}: {key}: expected {dtype_name(old.dtype)}, got {dtype_name(tensor.dtype)}")
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
-
-
-def _attach_stored(model: nn.Module, quantization: dict[str, Any], source: str) -> None:
-    from ..diffusers_hook import SVDQuantConfig, mark_quantized
-    from ..transformers_hook import TextSVDQuantConfig, mark_text_quantized
-
-    diffusers_like = hasattr(model, "register_to_config")
-    try:
-        config = (SVDQuantConfig if diffusers_like else TextSVDQuantConfig).from_dict(quantization)
-    except (TypeError, ValueError) as error:
-        raise NunchakuError(f"{source}: quantization_config: {one_line(error)}") from error
-    (mark_quantized if diffusers_like else mark_text_quantized)(model, config)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
