@@ -17,7 +17,7 @@ del _here, _Path
 # Public names come below (lazily: importing this package stays silent and cheap).
 _PUBLIC = {
     "quantize": "quantize", "Report": "report", "Recipe": "recipes", "RECIPES": "recipes",
-    "load": "checkpoint", "save": "checkpoint", "dequantize": "swap",
+    "load": "checkpoint", "save": "checkpoint", "export": "checkpoint", "dequantize": "swap",
     "set_mode": "swap", "set_fusion": "swap", "set_weights": "swap",
     "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "explain",
     "backend": "ops.registry",

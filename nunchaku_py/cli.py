@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import demo, generate, info, inspect, quantize, tune
+from .commands import convert, demo, generate, info, inspect, quantize, tune
 from .errors import NunchakuError
 
-COMMANDS = (info, quantize, inspect, generate, demo, tune)
+COMMANDS = (info, quantize, convert, inspect, generate, demo, tune)
 LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "accelerate", "torch")
 MENDABLE = (NunchakuError, OSError)  # OSError: a disk that is full, a folder that may not be read
 
@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   nunchaku-py info
   nunchaku-py quantize ./FLUX.1-dev ./FLUX.1-dev-int4
+  nunchaku-py convert ./svdq-int4_r32-flux.1-dev.safetensors ./FLUX.1-dev-int4 --into ./FLUX.1-dev
   nunchaku-py inspect ./FLUX.1-dev-int4
   nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a lighthouse at dusk" --out lighthouse.png
   nunchaku-py demo
@@ -56,25 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
-                        help="log what is done, and let diffusers and transformers speak")
-    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                        help="show the traceback of an error")
     top = argparse.ArgumentParser(
-        prog="nunchaku-py", parents=[common], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="nunchaku-py", parents=[_common(False)], epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="4-bit diffusion models (SVDQuant) with their LoRAs, as a drop-in for diffusers.")
     top.add_argument("--version", action="version", version=f"nunchaku-py {__version__}")
-    top.set_defaults(verbose=False, debug=False)
     subparsers = top.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]
         made = subparsers.add_parser(
-            name, parents=[common], help=command.SUMMARY, description=f"{command.DESCRIPTION}",
+            name, parents=[_common(argparse.SUPPRESS)], help=command.SUMMARY, description=f"{command.DESCRIPTION}",
             epilog=f"examples:\n{command.EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_arguments(made)
         made.set_defaults(run=command.run)
     return top
+
+
+def _common(default: object) -> argparse.ArgumentParser:
+    """Options that stand before or behind the command; one that does not stand behind must not undo one before."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", default=default,
+                        help="log what is done, and let diffusers and transformers speak")
+    common.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+    return common
 
 
 def _set_up_messages(verbose: bool) -> None:

@@ -2,8 +2,8 @@
 """
 from __future__ import annotations
 
-_PUBLIC = {"Manifest": "manifest", "load": "own", "save": "own"}
-__all__ = ["Manifest", "load", "save"]  # noqa: F822
+_PUBLIC = {"Manifest": "manifest", "load": "own", "save": "own", "export": "forms"}
+__all__ = ["Manifest", "export", "load", "save"]  # noqa: F822
 
 
 def __getattr__(name: str) -> object:

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from .nunchaku.read import is_nunchaku, read_nunchaku
 from .tensor_file import TensorFile, layout_of, write_tensors
 from .validate import check_keys, check_loaded, check_state, split_parameter
 
+Result = TypeVar("Result")
+
 
 def save(model: Any, path: str | os.PathLike[str]) -> Path:
     """Write a quantized model (or pipeline) to a folder, or a model to one `.safetensors` file."""
@@ -38,7 +40,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> Path:
         raise NunchakuError(f"{path}: a pipeline is saved to a folder; save its model to a single file instead")
     for part in quantized_models(model):
         check_state(part.state_dict())
-    _write_then_rename(path, lambda to: _write_single(model, to) if single else _write_folder(model, to))
+    write_then_rename(path, lambda to: _write_single(model, to) if single else _write_folder(model, to))
     return path
 
 
@@ -205,12 +207,14 @@ def _without_shared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Ten
     return tensors, shared
 
 
-def _write_then_rename(path: Path, write: Callable[[Path], None]) -> None:
+def write_then_rename(path: Path, write: Callable[[Path], Result]) -> Result:
+    """What is written appears under its name when it is complete."""
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
+        result = write(partial)
         _publish(partial, path)
+        return result
     except OSError as error:
         raise NunchakuError(f"{path}: cannot be written: {error}") from error
     except Exception as error:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..checkpoint.headers import Header, TensorHeader, read_header
 from ..errors import NunchakuError
 from ..folders import read_json
+from .inspect_nunchaku import holds_packed, packed_linears, title, totals
 from .lora_files import coverage, described
 from .sources import check_there, class_name, model_path, quantization_of, weight_bytes
 from .stored_folds import StoredFolds
@@ -25,6 +26,7 @@ DESCRIPTION = ("List the quantized linears of a model folder, a pipeline folder 
 EXAMPLES = ("  nunchaku-py inspect ./FLUX.1-dev-int4\n  nunchaku-py inspect ./transformer-int4.safetensors --all\n"
             "  nunchaku-py inspect ./some-lora.safetensors --for ./FLUX.1-dev-int4\n")
 
+LITE = "nunchaku_lite"  # diffusers' name of such models
 ADAPTER = "adapter weights (LoRA or one of its relatives)"
 FOLD = "fold %"  # the column of --fold
 Row = tuple[str, ...]
@@ -74,9 +76,11 @@ def _file(path: Path, view: View) -> str:
     config = config_in(header)
     if quantization_of(config).get("quant_method") == OURS:
         return _ours(str(path), config, header, view)
+    if holds_packed(header):
+        return _packed(str(path), config, header, view)
     kind = kind_of(header)
-    title = described(path, header, view.every) if kind == ADAPTER else f"{path}: {kind}"
-    return f"{title}\n{_stored(header.tensors.values())}"
+    said = described(path, header, view.every) if kind == ADAPTER else f"{path}: {kind}"
+    return f"{said}\n{_stored(header.tensors.values())}"
 
 
 def _pipeline(path: Path, view: View) -> str:
@@ -100,7 +104,7 @@ def _component(name: str, folder: Path, cls: str, view: View) -> str:
     if not weight_bytes(folder):
         return f"  {name}: {cls}"
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if quantization_of(config).get("quant_method") == OURS:
+    if quantization_of(config).get("quant_method") in (OURS, LITE):
         return _model(folder, view)
     return f"  {name}: {cls}, {size(weight_bytes(folder))}"
 
@@ -111,12 +115,16 @@ def _model(path: Path, view: View) -> str:
     method = quantization_of(config).get("quant_method")
     if method == OURS:
         return _ours(str(path), config, header, view)
+    if holds_packed(header):
+        return _packed(str(path), config, header, view)
     quantized = f", quantized by {method}" if method else ""
     return f"{path}: {class_name(config) or 'model'}{quantized}\n{_stored(header.tensors.values())}"
 
 
 def _folder_of_files(path: Path, view: View) -> str:
     files = sorted(path.glob("*.safetensors"))
+    if files and holds_packed(merged(path)):
+        return _packed(str(path), {}, merged(path), view)
     if not files:
         raise NunchakuError(f"{path}: holds neither a pipeline, nor a model, nor safetensors files")
     return "\n\n".join(_file(file, view) for file in files)
@@ -130,10 +138,10 @@ def _ours(label: str, config: dict[str, Any], header: Header, view: View) -> str
     folds = StoredFolds(Path(label)) if view.fold else None
     owner, rows = _site_rows(label, quantization.get("sites") or {}, header, folds)
     recipe = quantization.get("recipe") or "no recipe named"
-    title = f"{label}: {class_name(config)}, {recipe}, computes in {quantization.get('compute_dtype')}"
+    first = f"{label}: {class_name(config)}, {recipe}, computes in {quantization.get('compute_dtype')}"
     columns = ("site", "kind", "format", "rank", "N", "K", *((FOLD,) if view.fold else ()), "bytes")
     body = table(columns, rows) if view.every else table(("count", *columns), _alike(rows, view.fold))
-    return "\n".join([title, "", body, "", *_totals(quantization, header, owner)])
+    return "\n".join([first, "", body, "", *_totals(quantization, header, owner)])
 
 
 def _site_rows(label: str, sites: dict[str, Any], header: Header, folds: StoredFolds | None
@@ -190,6 +198,14 @@ def _totals(quantization: dict[str, Any], header: Header, owner: dict[str, str])
     return [*lines, f"total: {size(quantized + kept)}{smaller}"]
 
 
+# --------------------------------------------------------------------------------------------------- Nunchaku's files
+def _packed(label: str, config: dict[str, Any], header: Header, view: View) -> str:
+    linears = packed_linears(label, header)
+    columns, rows = ("linear", "kind", "format", "rank", "N", "K", "bytes"), [linear.row() for linear in linears]
+    body = table(columns, rows) if view.every else table(("count", *columns), _alike(rows, False))
+    return "\n".join([title(label, header, config), "", body, "", *totals(linears, header)])
+
+
 # ------------------------------------------------------------------------------------------------------ anybody's files
 def kind_of(header: Header) -> str:
     """What a safetensors file is, by the names of its tensors."""
@@ -197,8 +213,6 @@ def kind_of(header: Header) -> str:
     leaves = {name.rpartition(".")[2] for name in names}
     if any(re.search(r"lora_(A|B|down|up)\b|lora_[AB]\.|\.hada_w1|\.lokr_w1|dora_scale", name) for name in names):
         return ADAPTER
-    if "qweight" in leaves and ({"proj_down", "lora_down", "smooth_factor", "smooth"} & leaves):
-        return "an SVDQuant checkpoint of Nunchaku; this release does not read it yet"
     if "codes" in leaves and "scales" in leaves:
         return "tensors of a nunchaku-py model without its config; inspect the folder it belongs to"
     if leaves & {"qweight", "weight_scale", "quant_state", "absmax", "weight_packed"}:

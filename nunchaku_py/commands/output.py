@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,25 +76,27 @@ class Output:
 
     def write(self, source: Source, models: dict[str, Any], report: Any) -> None:
         """Everything into the work folder first; then it takes its name, and only then the finished blocks go."""
-        if self.path.suffix.lower() == ".safetensors":
-            from ..checkpoint import save
-
-            save(next(iter(models.values())), self.path)
-        else:
-            self._write_folder(source, models, report)
-        shutil.rmtree(self.work, ignore_errors=True)
-
-    def _write_folder(self, source: Source, models: dict[str, Any], report: Any) -> None:
         from ..checkpoint import save
 
+        def fill(fresh: Path) -> None:
+            for name, model in models.items():
+                save(model, fresh / name)
+            report.save(fresh)
+
+        if self.path.suffix.lower() == ".safetensors":
+            save(next(iter(models.values())), self.path)
+        else:
+            self.write_folder(source, set(models), fill)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def write_folder(self, source: Source, changed: set[str], fill: Callable[[Path], None]) -> None:
+        """The source's folder, its `changed` components by `fill`, which is given the new folder."""
         fresh = self.work / "output"
         shutil.rmtree(fresh, ignore_errors=True)
         try:
             fresh.mkdir(parents=True)
-            _copy_rest(source, fresh, set(models))
-            for name, model in models.items():
-                save(model, fresh / name)
-            report.save(fresh)
+            _copy_rest(source, fresh, changed)
+            fill(fresh)
             self._publish(fresh)
         except OSError as error:
             raise NunchakuError(f"{self.path}: cannot be written: {error}") from error

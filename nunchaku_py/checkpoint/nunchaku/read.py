@@ -236,7 +236,7 @@ class Reader:
                 continue
             site = Site(**{**vars(module.site), "divided": "output"})
             new = empty_module(module, site, module.bias is not None, module.file_dtype)
-            fill_module(new, {**module.state_dict(), "divisor": divisor}, f"{self.source}: {name}")
+            fill_module(new, {**module.state_dict(), "divisor": divisor.clone()}, f"{self.source}: {name}")
             replace_module(self.model, name, new)
             self.loaded.add(f"{name}.divisor")
 

@@ -31,11 +31,16 @@ class Arrangement:
         return sum(whole(size, CHANNELS) for size in self.sizes) if self.heads else sum(self.sizes)
 
     def apart(self, linear: Linear) -> list[Linear]:
-        """One linear for each module."""
+        """One linear for each module; no two hold the same tensor."""
         starts = [sum(self._places[:i]) for i in range(len(self.sizes))]
         in_order = linear.of_rows(self._in_order)
-        return [in_order.of_rows(lambda rows, a=start, b=start + size: rows[a:b].contiguous())
-                for start, size in zip(starts, self.sizes, strict=True)]
+        found = [in_order.of_rows(lambda rows, a=start, b=start + size: rows[a:b].clone())
+                 for start, size in zip(starts, self.sizes, strict=True)]
+        for other in found[1:]:
+            for name in SHARED:
+                tensor = getattr(other, name)
+                setattr(other, name, None if tensor is None else tensor.clone())
+        return found
 
     def joined(self, linears: Sequence[Linear]) -> Linear:
         """The linear of the file; what all modules have alike is the first one's."""
@@ -69,6 +74,7 @@ class Arrangement:
         return 2 if self.stored.rows == "paired" else self.stored.spread
 
 
+SHARED = ("smooth", "down", "divisor")  # what all modules have alike
 _BY_ROWS = ("codes", "scales", "zeros", "channel_scale", "up", "bias")
 _FILL = {"scales": 1, "channel_scale": 1}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ...site import shift_correction
 from ...split_linear import SplitLinear
 from ...swap import quantized_modules
 from ...tensor import QTensor
+from ..notes import Notes
 from ..tensor_file import write_tensors
 from . import biases
 from .describe import metadata_of
@@ -38,26 +39,7 @@ from .linears import (
 )
 from .packing import awq_fits, pack_vector, padded_rank
 from .read import SHIFT
-from .rows import Arrangement, together
-
-_SHARED = ("smooth", "down", "divisor")  # tensors that linears which are one in a file must have alike
-
-
-@dataclass
-class Notes:
-    """What could not be kept bit for bit: kind → (how many tensors, the largest change)."""
-
-    changes: dict[str, tuple[int, float]] = field(default_factory=dict)
-
-    def add(self, kind: str, change: float) -> None:
-        count, largest = self.changes.get(kind, (0, 0.0))
-        self.changes[kind] = (count + 1, max(largest, change))
-
-    def __str__(self) -> str:
-        if not self.changes:
-            return "every tensor was kept bit for bit"
-        return "\n".join(f"{kind}: {count} tensors, by {largest:.2g} at most"
-                         for kind, (count, largest) in self.changes.items())
+from .rows import SHARED, Arrangement, together
 
 
 @dataclass(frozen=True)
@@ -239,7 +221,7 @@ class Writer:
     def _check_alike(self, item: Item, linears: Sequence[Linear]) -> None:
         first = linears[0]
         for name, other in zip(item.modules[1:], linears[1:], strict=True):
-            for leaf in _SHARED:
+            for leaf in SHARED:
                 mine, its = getattr(first, leaf), getattr(other, leaf)
                 if (mine is None) != (its is None) or mine is not None and not torch.equal(mine, its):
                     raise NunchakuError(f"{name}: its {leaf} is not that of {item.modules[0]}, and Nunchaku's files "
