@@ -17,6 +17,7 @@ from ...errors import NunchakuError
 from ...folders import read_json
 from ...models.flux import split_proj_out
 from ...module_tools import dtype_name
+from ...progress import Progress
 from ...site import Site
 from ...swap import Entry, empty_module, fill_module, module_shape, replace_module
 from ..build import empty_model
@@ -70,8 +71,8 @@ def config_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 class Reader:
     """Fills an empty model from a file; `family` None: every packed linear is called as its module."""
 
-    def __init__(self, file: TensorFile, model: nn.Module, source: str) -> None:
-        self.file, self.model, self.source = file, model, source
+    def __init__(self, file: TensorFile, model: nn.Module, source: str, progress: Progress) -> None:
+        self.file, self.model, self.source, self.progress = file, model, source, progress
         self.family: Family | None = family_of(model)
         self.left = set(file.names())
         self.groups: list[list[str]] = []
@@ -161,6 +162,7 @@ class Reader:
         read = read_w4a4 if kind_of(tensors) == "w4a4" else read_w4a16
         linear = read(tensors, order.total, last - first)
         self.left -= set(tensors.used)
+        self.progress.advance(sum(self.file.tensors[key].nbytes for key in tensors.used))
         self._refuse_others(tensors)
         linears = order.apart(linear)
         for name, module, found in zip(names, modules, linears, strict=True):
@@ -286,8 +288,9 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
     with TensorFile(files_of(path)) as file:
         nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
         model = empty_model(config_of(path, file.metadata), len(file.tensors), nbytes, source)
-        reader = Reader(file, model, source)
-        reader.linears()
+        with Progress(nbytes, f"reading {path.name}") as progress:
+            reader = Reader(file, model, source, progress)
+            reader.linears()
         check_keys(model, reader.loaded | reader.left | set(tied(model, reader.left)), source)
         wanted = set(model.state_dict())
         for name in sorted(reader.left & wanted):  # a model may allow tensors that it does not have

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import NunchakuError
 from ...formats import INT4, Format, format_of
 from ...linear import QuantizedSite
+from ...progress import Progress
 from ...site import shift_correction
 from ...split_linear import SplitLinear
 from ...swap import quantized_modules
@@ -298,5 +300,13 @@ def write(model: nn.Module, path: Path) -> Notes:
     writer = Writer(model)
     layout = writer.layout()
     writer.notes = Notes()
-    write_tensors(path, layout, writer.tensors(), metadata_of(writer))
+    nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+    with Progress(nbytes, f"writing {path.name}") as progress:
+        write_tensors(path, layout, _shown(writer.tensors(), progress), metadata_of(writer))
     return writer.notes
+
+
+def _shown(tensors: Iterator[tuple[str, Tensor]], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor
+        progress.advance(tensor.nbytes)
