@@ -39,7 +39,8 @@ class Manifest:
     def from_json(data: dict[str, Any], source: str = "quantization_config") -> Manifest:
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise NunchakuError(f"{source}: format_version is {reprlib.repr(version)}, this release reads {FORMAT_VERSION}")
+            raise NunchakuError(f"{source}: format_version is {reprlib.repr(version)}, "
+                                f"this release reads {FORMAT_VERSION}")
         dtype = data.get("compute_dtype", "bfloat16")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise NunchakuError(f"{source}: compute_dtype is {reprlib.repr(dtype)}, expected one of {sorted(_DTYPES)}")
@@ -85,7 +86,7 @@ class Manifest:
             try:
                 replace_module(model, name, empty_module(old, entry, bias, self.dtype))
             except (ValueError, TypeError, RuntimeError) as error:  # torch refuses sizes that are none
-                raise NunchakuError(f"{source}: {name}: {error}") from error
+                raise NunchakuError(f"{source}: {name}: {one_line(error)}") from error
 
 
 def manifest_of(model: nn.Module, recipe: str = "", groups: Iterable[Iterable[str]] = (),
