@@ -249,3 +249,42 @@ assert peak() - start < 200 * 1024, peak() - start
 def test_damaged_files_are_refused_or_make_sense(tmp_path, name: str) -> None:
     found = check(LOAD, SEEDS[name](tmp_path), 300, seed=1_000_000)
     assert found["refused"] > 100, found
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a million layers": ({"num_layers": 10**6}, "far more parts than the"),
+    "a number of layers that is none": ({"num_layers": 10**12}, "num_layers is 1000000000000"),
+    "a table of 100 GB": ({"sample_size": 40_000}, "a table of .* elements"),
+    "layers in words": ({"num_layers": "two"}, "does not describe a PixArtTransformer2DModel"),
+    "no model": ({"_class_name": "FluxPipeline"}, "model class 'FluxPipeline' is not one"),
+    "no class": ({"_class_name": ["a"]}, "is not one that diffusers or transformers has"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_would_build_without_end(tmp_path, case: str) -> None:
+    change, sentence = CONFIGS[case]
+    good = SEEDS["ours"](tmp_path)
+    with TensorFile(good) as file:
+        config = json.dumps({**json.loads(file.metadata["config"]), **change})
+        tensors = {name: file.read(name) for name in file.names()}
+        write_tensors(tmp_path / "bad.safetensors", layout_of(tensors), tensors.items(),
+                      {**file.metadata, "config": config})
+    with pytest.raises(NunchakuError, match=f"bad.safetensors: .*{sentence}"):
+        nq.load(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("shared", [{"a": "b"}, {"proj_out.bias": "proj_out.weight"}, {"x": 3}, [], "{"])
+def test_shared_tensors_that_are_not_there(tmp_path, shared: Any) -> None:
+    good = SEEDS["ours"](tmp_path)
+    with TensorFile(good) as file:
+        tensors = {name: file.read(name) for name in file.names()}
+        write_tensors(tmp_path / "bad.safetensors", layout_of(tensors), tensors.items(),
+                      {**file.metadata, "shared": shared if shared == "{" else json.dumps(shared)})
+    with pytest.raises(NunchakuError, match="bad.safetensors: damaged: 'shared' in its metadata"):
+        nq.load(tmp_path / "bad.safetensors")
+
+
+def test_a_text_encoder_that_was_never_saved_names_its_class(tmp_path) -> None:
+    """transformers notes the class in the config when it saves, and a single file is not saved by it."""
+    assert type(nq.load(SEEDS["text"](tmp_path))).__name__ == "T5EncoderModel"
