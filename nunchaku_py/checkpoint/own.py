@@ -186,6 +186,8 @@ def _write_folder(model: Any, path: Path) -> None:
 def _write_single(model: nn.Module, path: Path) -> None:
     config = json.loads(model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string())
     config.pop("_name_or_path", None)
+    if "_class_name" not in config and not config.get("architectures"):  # transformers sets it when it saves a model
+        config["architectures"] = [type(model).__name__]
     metadata = {"format": "pt", "config": json.dumps(config, sort_keys=True)}
     tensors, shared = _without_shared(model.state_dict())
     if shared:
