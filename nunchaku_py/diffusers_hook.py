@@ -126,3 +126,5 @@ def detach(model: nn.Module) -> None:
 
 auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SVDQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SVDQuantConfig
+
+from . import lite_hook  # noqa: E402, F401  (last: it builds on what is above, and enters itself as well)

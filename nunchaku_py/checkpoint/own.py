@@ -18,10 +18,12 @@ from torch import nn
 from ..errors import NunchakuError
 from ..folders import read_json
 from ..linear import QuantizedSite
+from ..lite_choice import always_ours
 from ..swap import quantized_models
 from .build import empty_model, model_class, one_line
 from .fill import attach_stored, put
 from .headers import read_header, shown
+from .lite_config import QUANT_METHOD as LITE
 from .manifest import QUANT_METHOD, Manifest
 from .nunchaku.read import is_nunchaku, read_nunchaku
 from .tensor_file import TensorFile, layout_of, write_tensors
@@ -65,16 +67,18 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
 def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     config = read_json(path / "config.json")
     quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    if quantization.get("quant_method") not in (QUANT_METHOD, LITE):
         raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
                             f"(quant_method is {quantization.get('quant_method')!r})")
-    return in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
+    with always_ours():
+        return in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
 
 
 def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
+    with always_ours():
+        pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             in_mode(component, mode)
@@ -85,8 +89,9 @@ def _dtype_of_pipeline(path: Path) -> torch.dtype | None:
     """What the quantized model of a pipeline was in; diffusers would load the other models in fp32."""
     for file in sorted(path.glob("*/config.json")):
         quantization = read_json(file).get("quantization_config") or {}
-        found = getattr(torch, str(quantization.get("model_dtype")), None)
-        if quantization.get("quant_method") == QUANT_METHOD and isinstance(found, torch.dtype):
+        field = {QUANT_METHOD: "model_dtype", LITE: "compute_dtype"}.get(quantization.get("quant_method"))
+        found = getattr(torch, str(quantization.get(field)), None)
+        if isinstance(found, torch.dtype):
             return found
     return None
 

@@ -20,8 +20,8 @@ from ...progress import Progress
 from ...site import shift_correction
 from ...split_linear import SplitLinear
 from ...swap import quantized_modules
-from ...tensor import QTensor
 from ..notes import Notes
+from ..rounding import note_bias, note_scales, rounded_again
 from ..tensor_file import write_tensors
 from . import biases
 from .describe import metadata_of
@@ -237,10 +237,7 @@ class Writer:
         if not awq_fits(linear.codes.shape[0], linear.k, wanted.group):
             raise NunchakuError(f"{name}: a linear of {linear.k} inputs and {linear.codes.shape[0]} outputs cannot be "
                                 "held as Nunchaku's files hold such linears")
-        weight = self.quantized[name].qtensor().dequantize()
-        new = QTensor.quantize(weight, wanted, self.dtype)
-        error = ((new.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)).item()
-        self.notes.add(f"weights of W4A16 linears in {linear.format}, rounded again to {wanted.name} (relative)", error)
+        new = rounded_again(self.quantized[name].qtensor(), wanted, self.dtype, self.notes)
         return Linear(wanted.name, wanted.group, linear.k, new.codes, new.scales, new.zeros, bias=linear.bias)
 
     def _awq_format(self) -> Format:
@@ -256,12 +253,10 @@ class Writer:
     def _stored_bias(self, name: str, bias: Tensor | None, spread: int) -> Tensor | None:
         if bias is None and not spread:
             return None
-        bias = torch.zeros(self.quantized[name].bias.shape if bias is None else bias.shape) if bias is None else bias
+        bias = torch.zeros(self.quantized[name].rows_out) if bias is None else bias
         found = biases.stored(bias, spread, self.dtype)
-        change = (biases.read(found, spread).float() - bias.float()).abs().max().item()
-        if change:
-            kind = "modulations, to which 1 is added in 16 bit" if spread else "linears, rounded to 16 bit"
-            self.notes.add(f"biases of {kind}", change)
+        of = ("modulations, to which 1 is added in 16 bit",) if spread else ()
+        note_bias(bias, biases.read(found, spread), self.notes, *of)
         return found
 
     def exact_biases(self) -> dict[str, str]:
@@ -282,9 +277,7 @@ class Writer:
         if scale is None:
             return {}
         stored = scale.to(self.dtype)
-        change = ((stored.float() - scale).abs() / scale.abs().clamp_min(1e-30)).max().item()
-        if change:
-            self.notes.add("channel scales, rounded to 16 bit (relative)", change)
+        note_scales(scale, stored.float(), self.notes)
         if len(item.modules) == 1 and bool((stored == stored[0]).all()):
             return {"wtscale": stored[:1].clone()}
         return {"wcscales": pack_vector(stored, 1)}
