@@ -10,7 +10,7 @@ from ..errors import NunchakuError
 from .headers import Header, TensorHeader, read_header
 
 OURS = "nunchaku_py"
-LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
+LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias", "divisor")
 
 
 class StoredSite(NamedTuple):
