@@ -13,7 +13,7 @@ from ..linear import QuantizedSite
 from ..swap import prepare, quantized_sites
 from .headers import read_header
 
-_MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
+_MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias", "divisor")
 _SHOWN = 3
 _ALIGNMENT = 64  # bytes; what torch allocates on a CPU
 
@@ -83,6 +83,8 @@ def check_finite(site: QuantizedSite, label: str) -> None:
             raise NunchakuError(f"{label}.{leaf}: holds NaN or infinite values")
     if site.site.has_smooth and not (site.smooth > 0).all():
         raise NunchakuError(f"{label}.smooth: must be positive")
+    if site.site.divided and not site.divisor.all():
+        raise NunchakuError(f"{label}.divisor: must not be zero")
 
 
 def stored_keys(path: str | Path) -> list[str]:
