@@ -204,7 +204,7 @@ class Writer:
         for leaf in ("smooth", "down", "up"):
             tensor = module._parameters.get(leaf)
             setattr(linear, leaf, None if tensor is None else tensor.data)
-        if getattr(site, "divided", "") == "input":
+        if site.divided == "input":
             linear.divisor = module.divisor.data
         if not site.has_smooth:
             return self._for_awq(name, linear)
