@@ -56,8 +56,6 @@ class LiteWriter:
 
     def _kind(self, name: str, module: Quantized) -> str:
         sites = _sites(module)
-        if any(getattr(site.site, "divided", "") for site in sites):
-            raise NunchakuError(f"{name}: its smoothing is fused into another linear, which such folders cannot say")
         n, k = sites[0].rows_out, sum(site.rows_in for site in sites)
         if not isinstance(module, nn.Linear):
             return "1×1 convolutions"
@@ -110,6 +108,8 @@ class LiteWriter:
         """The same names, with the tensors; made one linear at a time."""
         for name, kind in self.plan.items():
             make = {"w4a4": self._w4a4, "w4a16": self._w4a16}.get(kind, self._dense)
+            if any(site.site.divided for site in _sites(self.quantized[name])):
+                self.notes.add("linears whose smoothing was moved, which such folders cannot say: LoRAs will be off", 0)
             yield from ((f"{name}.{leaf}", tensor.cpu()) for leaf, tensor in make(name).items())
         yield from self._others()
 
@@ -177,7 +177,7 @@ class LiteWriter:
         return found if bias is None else {**found, "bias": bias}
 
     def _dense(self, name: str) -> dict[str, Tensor]:
-        exact = torch.cat([site.effective_weight() for site in _sites(self.quantized[name])], 1)
+        exact = torch.cat([site.weight_with(None) for site in _sites(self.quantized[name])], 1)
         weight, bias = exact.to(self.dtype), self._bias(name)
         change = ((weight.float() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
         self.notes.add(f"{self.plan[name]}, written in 16 bit (relative)", change)
