@@ -23,6 +23,7 @@ from torch import nn
 import nunchaku_py as nq
 from nunchaku_py.commands.sources import quiet_libraries
 from nunchaku_py.swap import quantized_sites
+from tests.fuzz_seeds import SEEDS
 
 Load = Callable[[Path], Any]
 Mutation = Callable[[bytes, random.Random], bytes]
@@ -277,34 +278,7 @@ def _check_model(model: Any) -> None:
                 assert torch.isfinite(tensor.float()).all(), f"{name} is not finite"
 
 
-# ---------------------------------------------------------------------------------------------------------------- seeds
-def ours_diffusers(folder: Path) -> Path:
-    """The smallest PixArt that has quantized linears."""
-    from diffusers import PixArtTransformer2DModel
-
-    from tests.checks import QUICK
-    from tests.tiny_models import randomise
-
-    model = randomise(PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=32, num_layers=1, cross_attention_dim=64, sample_size=4,
-        caption_channels=32, use_additional_conditions=False))
-    nq.quantize(model, QUICK)
-    return nq.save(model, folder / "ours.safetensors")
-
-
-def ours_text(folder: Path) -> Path:
-    """A text encoder, whose file names tensors that are shared."""
-    from transformers import T5Config, T5EncoderModel
-
-    from tests.tiny_models import randomise
-
-    model = randomise(T5EncoderModel(T5Config(vocab_size=16, d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2)))
-    nq.quantize(model, "w4a16-int4")
-    return nq.save(model, folder / "text.safetensors")
-
-
 LOAD: Load = nq.load
-SEEDS: dict[str, Callable[[Path], Path]] = {"ours": ours_diffusers, "text": ours_text}  # name → writes a good file
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from nunchaku_py.checkpoint import headers, tensor_file
 from nunchaku_py.checkpoint.headers import read_header
 from nunchaku_py.checkpoint.tensor_file import DTYPES, TensorFile, layout_of, write_tensors
 from tests.checks import differences
-from tests.fuzz_files import LOAD, SEEDS, check
+from tests.fuzz_files import LOAD, check
+from tests.fuzz_seeds import SEEDS
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
