@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import NunchakuError
+from ..models.discover import is_linear
 from ..site import Site
 from ..swap import Entry, empty_module, entry_of, quantized_modules, replace_module
 from .build import one_line
@@ -64,7 +65,7 @@ class Manifest:
 
     def resolve(self, model: nn.Module, source: str) -> dict[str, Entry]:
         """Exact names first, then globs in order, over the model's linears; one that matches nothing is an error."""
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
         resolved: dict[str, Entry] = {}
         for pattern in sorted(self.sites, key=lambda text: "*" in text or "?" in text):
             matched = [name for name in linears if name == pattern or fnmatchcase(name, pattern)]

@@ -70,6 +70,8 @@ def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     if quantization.get("quant_method") not in (QUANT_METHOD, LITE):
         raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
                             f"(quant_method is {quantization.get('quant_method')!r})")
+    if not any(path.glob("*.safetensors")):
+        raise NunchakuError(f"{path}: holds no safetensors files, and nothing else is read")
     with always_ours():
         return in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
 

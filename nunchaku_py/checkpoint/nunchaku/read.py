@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from ...errors import NunchakuError
 from ...folders import read_json
+from ...models.discover import is_linear
 from ...models.flux import split_proj_out
 from ...module_tools import dtype_name
 from ...progress import Progress
 from ...site import Site
 from ...swap import Entry, empty_module, fill_module, module_shape, replace_module
-from ..build import empty_model
+from ..build import empty_model, one_line
 from ..fill import attach_stored, put
-from ..headers import read_header
+from ..headers import read_header, shown
 from ..manifest import entry_from_json, manifest_of
 from ..tensor_file import TensorFile
 from ..validate import check_keys, check_loaded, split_parameter
@@ -101,7 +102,11 @@ class Reader:
             if f"{prefix}.{old}" in self.left:
                 self._rename(f"{prefix}.{old}", f"{prefix}.{new}", old in block.interleaved)
         for start in (f"{prefix}.{name}" for name in IGNORED):
-            self.left -= {name for name in self.left if name.startswith(start)}
+            ignored = {name for name in self.left if name.startswith(start)}
+            if ignored:
+                log.warning("%s: %s and %d more tensors are left out: a projection that the model has already",
+                            self.source, min(ignored), len(ignored) - 1)
+            self.left -= ignored
 
     def _modules_are_there(self, stored: Stored, prefix: str) -> bool:
         return stored.part is None and all(f"{prefix}{module}.weight" in self.left for module in stored.modules)
@@ -146,8 +151,9 @@ class Reader:
             module = self.model.get_submodule(name)
         except AttributeError:
             module = None
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            raise NunchakuError(f"{self.source}: {name}.qweight: {type(self.model).__name__} has no linear {name}")
+        if not (isinstance(module, nn.Linear) or is_linear(module)):
+            cls = type(self.model).__name__
+            raise NunchakuError(f"{self.source}: {shown(name)}.qweight: {cls} has no linear of this name")
         return module
 
     def _linear(self, stored: Stored, prefix: str) -> None:
@@ -184,7 +190,7 @@ class Reader:
     def _refuse_others(self, tensors: Tensors) -> None:
         other = sorted(name for name in self.left if name.rpartition(".")[0] == tensors.name)
         if other:
-            raise NunchakuError(f"{self.source}: {other[0]} is unexpected: a packed linear has no such tensor")
+            raise NunchakuError(f"{self.source}: {shown(other[0])} is unexpected: a packed linear has no such tensor")
 
     def _columns(self, stored: Stored, prefix: str, module: nn.Module) -> tuple[int, int]:
         if stored.part is None:
@@ -252,7 +258,7 @@ def _own_entries(metadata: dict[str, str], source: str) -> tuple[dict[str, Entry
         biases = found.get("biases", {})
         return {name: entry_from_json(entry) for name, entry in found["sites"].items()}, {**biases}
     except (NunchakuError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise NunchakuError(f"{source}: its metadata entry {OWN!r} cannot be understood: {error}") from error
+        raise NunchakuError(f"{source}: its metadata entry {OWN!r} cannot be understood: {one_line(error)}") from error
 
 
 def _bias_of(linears: Sequence[Linear], needed: bool) -> Tensor | None:
