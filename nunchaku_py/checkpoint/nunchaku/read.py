@@ -301,9 +301,7 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
         wanted = set(model.state_dict())
         for name in sorted(reader.left & wanted):  # a model may allow tensors that it does not have
             put(model, name, file.read(name), dtype, source)
-        for name, other in tied(model, reader.left).items():
-            module, leaf = split_parameter(model, name)
-            module._parameters[leaf] = model.get_parameter(other)
+        _tie(model, reader.left)
         check_loaded(model, source, mode)
         attach_stored(model, _described(model, reader), source)
     return model.eval()
@@ -311,13 +309,23 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
 
 def tied(model: nn.Module, there: set[str]) -> dict[str, str]:
     """Tensors that a file lacks → those of it that they stand for."""
+    both = [(name, other) for pair in _pairs(model) for name, other in (pair, pair[::-1])]
+    return {name: other for name, other in both if name not in there and other in there}
+
+
+def _pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of tensors that are one."""
     pairs = getattr(model, "_tied_weights_keys", None)
-    found = {}
-    for second, first in (pairs.items() if isinstance(pairs, dict) else ()):
-        for name, other in ((second, first), (first, second)):
-            if name not in there and other in there:
-                found[name] = other
-    return found
+    return list(pairs.items()) if isinstance(pairs, dict) else []
+
+
+def _tie(model: nn.Module, there: set[str]) -> None:
+    """Files hold such a tensor once, or twice the same."""
+    twice = {second: first for second, first in _pairs(model) if second in there and first in there
+             and torch.equal(model.get_parameter(second), model.get_parameter(first))}
+    for name, other in {**tied(model, there), **twice}.items():
+        module, leaf = split_parameter(model, name)
+        module._parameters[leaf] = model.get_parameter(other)
 
 
 def _described(model: nn.Module, reader: Reader) -> dict[str, Any]:
