@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ..errors import NunchakuError
-from ..linear import QuantizedSite
+from ..linear import COMPUTE_DTYPES, QuantizedSite
 from ..module_tools import dtype_name
 from ..split_linear import SplitLinear
+from ..swap import quantized_sites
 from .build import one_line
 from .validate import split_parameter
 
@@ -31,6 +32,13 @@ def put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | N
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """What the quantized linears say that they are in, as the other tensors have been cast."""
+    for site in quantized_sites(model):
+        if dtype in COMPUTE_DTYPES:
+            site.compute_dtype = dtype
 
 
 def attach_stored(model: nn.Module, quantization: dict[str, Any], source: str) -> None:

@@ -21,7 +21,7 @@ from ..linear import QuantizedSite
 from ..lite_choice import always_ours
 from ..swap import quantized_models
 from .build import empty_model, model_class, one_line
-from .fill import attach_stored, put
+from .fill import attach_stored, compute_in, put
 from .headers import read_header, shown
 from .lite_config import QUANT_METHOD as LITE
 from .manifest import QUANT_METHOD, Manifest
@@ -138,6 +138,7 @@ def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
                 put(model, name, file.read(name), dtype, str(path))
     for second, first in shared.items():
         _share(model, first, second, str(path))
+    compute_in(model, dtype)
     check_loaded(model, str(path), mode)
     attach_stored(model, config["quantization_config"], str(path))
     return model.eval()

@@ -22,7 +22,7 @@ from ...progress import Progress
 from ...site import Site
 from ...swap import Entry, empty_module, fill_module, module_shape, replace_module
 from ..build import empty_model, one_line
-from ..fill import attach_stored, put
+from ..fill import attach_stored, compute_in, put
 from ..headers import read_header, shown
 from ..manifest import entry_from_json, manifest_of
 from ..tensor_file import TensorFile
@@ -72,8 +72,9 @@ def config_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 class Reader:
     """Fills an empty model from a file; `family` None: every packed linear is called as its module."""
 
-    def __init__(self, file: TensorFile, model: nn.Module, source: str, progress: Progress) -> None:
-        self.file, self.model, self.source, self.progress = file, model, source, progress
+    def __init__(self, file: TensorFile, model: nn.Module, source: str, dtype: torch.dtype | None, progress: Progress
+                 ) -> None:
+        self.file, self.model, self.source, self.dtype, self.progress = file, model, source, dtype, progress
         self.family: Family | None = family_of(model)
         self.left = set(file.names())
         self.groups: list[list[str]] = []
@@ -128,7 +129,7 @@ class Reader:
         return self.file.read(name)
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        put(self.model, name, tensor, None, self.source)
+        put(self.model, name, tensor, self.dtype, self.source)
         self.loaded.add(name)
 
     def _dense(self, stored: Stored, prefix: str) -> None:
@@ -295,13 +296,14 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
         nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
         model = empty_model(config_of(path, file.metadata), len(file.tensors), nbytes, source)
         with Progress(nbytes, f"reading {path.name}") as progress:
-            reader = Reader(file, model, source, progress)
+            reader = Reader(file, model, source, dtype, progress)
             reader.linears()
         check_keys(model, reader.loaded | reader.left | set(tied(model, reader.left)), source)
         wanted = set(model.state_dict())
         for name in sorted(reader.left & wanted):  # a model may allow tensors that it does not have
             put(model, name, file.read(name), dtype, source)
         _tie(model, reader.left)
+        compute_in(model, dtype)
         check_loaded(model, source, mode)
         attach_stored(model, _described(model, reader), source)
     return model.eval()
