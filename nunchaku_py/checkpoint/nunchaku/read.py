@@ -72,8 +72,10 @@ def config_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 class Reader:
     """Fills an empty model from a file; `family` None: every packed linear is called as its module."""
 
-    def __init__(self, file: TensorFile, model: nn.Module, source: str, progress: Progress) -> None:
+    def __init__(self, file: TensorFile, model: nn.Module, source: str, progress: Progress,
+                 dtype: torch.dtype | None = None) -> None:
         self.file, self.model, self.source, self.progress = file, model, source, progress
+        self.dtype = dtype  # what is not quantized is cast to
         self.family: Family | None = family_of(model)
         self.left = set(file.names())
         self.groups: list[list[str]] = []
@@ -128,7 +130,7 @@ class Reader:
         return self.file.read(name)
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        put(self.model, name, tensor, None, self.source)
+        put(self.model, name, tensor, self.dtype, self.source)
         self.loaded.add(name)
 
     def _dense(self, stored: Stored, prefix: str) -> None:
@@ -295,7 +297,7 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
         nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
         model = empty_model(config_of(path, file.metadata), len(file.tensors), nbytes, source)
         with Progress(nbytes, f"reading {path.name}") as progress:
-            reader = Reader(file, model, source, progress)
+            reader = Reader(file, model, source, progress, dtype)
             reader.linears()
         check_keys(model, reader.loaded | reader.left | set(tied(model, reader.left)), source)
         wanted = set(model.state_dict())
