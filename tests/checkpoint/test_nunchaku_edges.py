@@ -1,12 +1,14 @@
 """Nunchaku's files that other tools changed, and what its own loader asks of those we write."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import nunchaku_py as nq
+from nunchaku_py.checkpoint.nunchaku import packing
 from tests.checkpoint.test_nunchaku import contents, flux, quantized, rewritten  # noqa: F401  (flux: a fixture)
 
 
@@ -19,3 +21,34 @@ def test_a_dtype_reaches_tensors_that_have_another_name_in_the_file(name: str, t
     others = {name: parameter.dtype for name, parameter in back.named_parameters()
               if not any(name.startswith(f"{site}.") for site in sites)}
     assert set(others.values()) == {torch.float16}, others
+
+
+def test_a_lora_that_another_tool_put_into_the_branch_is_kept(flux: tuple, tmp_path: Path):  # noqa: F811
+    """The metadata knows lower ranks than the file has now."""
+    name, module = "transformer_blocks.0.out_proj", "transformer_blocks.0.attn.to_out.0"
+    old = flux[0].get_submodule(module)
+    torch.manual_seed(0)
+    a, b = torch.randn(16, 128).bfloat16(), torch.randn(128, 16).bfloat16()
+
+    def add(tensors: dict, _: dict) -> None:
+        down, up = (tensors[f"{name}.lora_{half}"] for half in ("down", "up"))
+        rank = down.shape[1]
+        down = torch.cat((packing.unpack_down(down, 128, rank), a))
+        up = torch.cat((packing.unpack_up(up, 128, rank), b), 1)
+        tensors[f"{name}.lora_down"] = packing.pack_down(down, rank + 16)
+        tensors[f"{name}.lora_up"] = packing.pack_up(up, rank + 16)
+
+    new = nq.load(rewritten(flux[2], tmp_path / "lora.safetensors", add)).get_submodule(module)
+    assert torch.allclose(new.effective_weight(), old.effective_weight() + b.float() @ a.float(), atol=1e-4)
+
+
+def test_sites_in_the_metadata_that_are_not_those_of_the_file(flux: tuple, tmp_path: Path):  # noqa: F811
+    def cut(_: dict, metadata: dict) -> None:
+        own = json.loads(metadata["nunchaku_py"])
+        parts = own["sites"]["single_transformer_blocks.0.proj_out"]["parts"]
+        parts.pop()
+        metadata["nunchaku_py"] = json.dumps(own)
+
+    model = nq.load(rewritten(flux[2], tmp_path / "cut.safetensors", cut))
+    assert [part.site.rank for part in model.single_transformer_blocks[0].proj_out.parts] == [
+        flux[0].single_transformer_blocks[0].proj_out.parts[0].site.rank, 16]

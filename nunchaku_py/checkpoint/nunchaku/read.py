@@ -230,8 +230,9 @@ class Reader:
 
     def _site(self, name: str, part: int | None, linear: Linear, gelu: bool) -> Site:
         own = self._own.get(name)
-        own = own[part][1] if isinstance(own, tuple) and part is not None else own
-        rank = min(own.rank, linear.rank) if isinstance(own, Site) else linear.rank
+        if isinstance(own, tuple):
+            own = own[part][1] if part is not None and part < len(own) else None
+        rank = own.rank if isinstance(own, Site) and _is_padding(linear, own.rank) else linear.rank
         if linear.smooth is None:
             return Site("w4a16", linear.format, linear.group)
         shifted = gelu and linear.format == "int4"
@@ -271,6 +272,11 @@ def _bias_of(linears: Sequence[Linear], needed: bool) -> Tensor | None:
         zeros = torch.zeros(linears[0].codes.shape[0], dtype=linears[0].scales.dtype) if first is None else first
         return zeros if needed else None
     return found[0] if len(found) == 1 else sum(bias.float() for bias in found)
+
+
+def _is_padding(linear: Linear, rank: int) -> bool:
+    """Whether the ranks from here on are zeros: another tool may have put a LoRA there."""
+    return rank <= linear.rank and (linear.down is None or not (linear.down[rank:].any() or linear.up[:, rank:].any()))
 
 
 def _canonical(linear: Linear, site: Site) -> dict[str, Tensor]:
