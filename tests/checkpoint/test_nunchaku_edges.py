@@ -52,3 +52,14 @@ def test_sites_in_the_metadata_that_are_not_those_of_the_file(flux: tuple, tmp_p
     model = nq.load(rewritten(flux[2], tmp_path / "cut.safetensors", cut))
     assert [part.site.rank for part in model.single_transformer_blocks[0].proj_out.parts] == [
         flux[0].single_transformer_blocks[0].proj_out.parts[0].site.rank, 16]
+
+
+@pytest.mark.parametrize("name, module", [
+    ("transformer_blocks.1.mlp_fc1", "transformer_blocks.1.ff.net.0.proj"),
+    ("transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1.linear"),
+    ("transformer_blocks.0.qkv_proj", "transformer_blocks.0.attn.to_q"),
+])
+def test_a_bias_that_is_missing_is_not_made_up(name: str, module: str, flux: tuple, tmp_path: Path):  # noqa: F811
+    path = rewritten(flux[2], tmp_path / "cut.safetensors", lambda tensors, _: tensors.pop(f"{name}.bias"))
+    with pytest.raises(nq.NunchakuError, match=rf"{module}: the file holds no bias for it, and FluxTransf"):
+        nq.load(path)

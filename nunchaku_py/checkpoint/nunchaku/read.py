@@ -214,6 +214,9 @@ class Reader:
     def _install(self, name: str, module: nn.Module, linears: Sequence[Linear], gelu: Sequence[bool]) -> None:
         sites = [self._site(name, i if len(linears) > 1 else None, *pair)
                  for i, pair in enumerate(zip(linears, gelu, strict=True))]
+        if module.bias is not None and all(linear.bias is None for linear in linears):
+            raise NunchakuError(f"{self.source}: {name}: the file holds no bias for it, and "
+                                f"{type(self.model).__name__} has one")
         bias = _bias_of(linears, module.bias is not None or any(site.shift for site in sites))
         whole = len(linears) == 1
         starts = [sum(linear.k for linear in linears[:i]) for i in range(len(linears) + 1)]
