@@ -9,6 +9,7 @@ import torch
 
 import nunchaku_py as nq
 from nunchaku_py.checkpoint.nunchaku import packing
+from tests.checks import differences, state_of
 from tests.checkpoint.test_nunchaku import contents, flux, quantized, rewritten  # noqa: F401  (flux: a fixture)
 
 
@@ -63,3 +64,30 @@ def test_a_bias_that_is_missing_is_not_made_up(name: str, module: str, flux: tup
     path = rewritten(flux[2], tmp_path / "cut.safetensors", lambda tensors, _: tensors.pop(f"{name}.bias"))
     with pytest.raises(nq.NunchakuError, match=rf"{module}: the file holds no bias for it, and FluxTransf"):
         nq.load(path)
+
+
+def test_metadata_that_nobody_understands_is_no_reason_not_to_write(flux: tuple, tmp_path: Path):  # noqa: F811
+    def change(_: dict, metadata: dict) -> None:
+        metadata.update(quantization_config="svdquant", remark="kept")
+
+    model = nq.load(rewritten(flux[2], tmp_path / "odd.safetensors", change))
+    model.config.quantization_config.report["source"]["metadata"]["number"] = 5  # as an edited config.json may say
+    nq.export(model, tmp_path / "again.safetensors", "nunchaku")
+    said = contents(tmp_path / "again.safetensors")[1]
+    assert said["quantization_config"] == contents(flux[2])[1]["quantization_config"] and said["remark"] == "kept"
+    assert "number" not in said
+
+
+@pytest.mark.parametrize("form", ["nunchaku", "nunchaku_lite", "nunchaku_py"])
+def test_files_are_read_and_written_whatever_the_default_device_is(form: str, flux: tuple, tmp_path: Path):  # noqa: F811
+    """The meta device stands for a GPU: what is made there cannot be used here."""
+    path = tmp_path / ("folder" if form == "nunchaku_lite" else "svdq.safetensors")
+    with torch.device("meta"):
+        nq.export(flux[0], path, form)
+        if form != "nunchaku_lite":  # diffusers reads the folder, by its own rules
+            model = nq.load(path)
+            assert not differences(state_of(flux[0]), state_of(model))
+    if form == "nunchaku_lite":
+        nq.export(flux[0], tmp_path / "other", form)
+        assert all((path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+                   for name in ("config.json", "diffusion_pytorch_model.safetensors"))

@@ -302,7 +302,7 @@ def is_nunchaku(path: Path) -> bool:
 def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     """The ordinary class of diffusers or transformers, with quantized linears."""
     source = str(path)
-    with TensorFile(files_of(path)) as file:
+    with TensorFile(files_of(path)) as file, torch.device("cpu"):  # whatever torch's default is
         nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
         model = empty_model(config_of(path, file.metadata), len(file.tensors), nbytes, source)
         with Progress(nbytes, f"reading {path.name}") as progress:

@@ -290,12 +290,13 @@ def _as_depthwise(tensor: Tensor) -> Tensor:
 
 def write(model: nn.Module, path: Path) -> Notes:
     """Write the file; says what could not be kept bit for bit."""
-    writer = Writer(model)
-    layout = writer.layout()
-    writer.notes = Notes()
-    nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
-    with Progress(nbytes, f"writing {path.name}") as progress:
-        write_tensors(path, layout, _shown(writer.tensors(), progress), metadata_of(writer))
+    with torch.device("cpu"):  # whatever torch's default is
+        writer = Writer(model)
+        layout = writer.layout()
+        writer.notes = Notes()
+        nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        with Progress(nbytes, f"writing {path.name}") as progress:
+            write_tensors(path, layout, _shown(writer.tensors(), progress), metadata_of(writer))
     return writer.notes
 
 
