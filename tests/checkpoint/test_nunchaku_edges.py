@@ -9,6 +9,7 @@ import torch
 
 import nunchaku_py as nq
 from nunchaku_py.checkpoint.nunchaku import packing
+from nunchaku_py.swap import quantized_modules
 from tests.checks import differences, state_of
 from tests.checkpoint.test_nunchaku import contents, flux, quantized, rewritten  # noqa: F401  (flux: a fixture)
 
@@ -91,3 +92,50 @@ def test_files_are_read_and_written_whatever_the_default_device_is(form: str, fl
         nq.export(flux[0], tmp_path / "other", form)
         assert all((path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
                    for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+
+
+@pytest.mark.parametrize("fmt", ["int4", "nvfp4"])
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "z_image", "sdxl", "sana"])
+def test_biases_that_the_engine_asks_for(name: str, fmt: str, tmp_path: Path):
+    """Its Python models load strictly: a bias where diffusers' class has one, and no other."""
+    model, _ = quantized(name, fmt)
+    nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+    tensors, _ = contents(tmp_path / "svdq.safetensors")
+    linears = {key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")}
+    without = {linear for linear in linears if f"{linear}.bias" not in tensors}
+    if name in ("flux", "qwen_image", "sana"):
+        assert not without
+    elif name == "z_image":
+        assert without == linears
+    else:
+        assert {linear.rpartition("transformer_blocks.0.")[2] for linear in without} == {"attn1.to_qkv", "attn2.to_q"}
+
+
+def test_one_scale_for_all_weights_of_sdxl_is_one_for_each_channel(tmp_path: Path):
+    """Its loader knows no wtscale, and wants a wcscales of every linear."""
+    model, _ = quantized("sdxl", "nvfp4")
+    for module in quantized_modules(model).values():
+        module.set_tensor("channel_scale", torch.full_like(module.channel_scale.data, 0.5))
+    nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+    tensors, _ = contents(tmp_path / "svdq.safetensors")
+    assert not any(key.endswith("wtscale") for key in tensors)
+    assert all(key.removesuffix("qweight") + "wcscales" in tensors for key in tensors if key.endswith("qweight"))
+    assert not differences(state_of(model), state_of(nq.load(tmp_path / "svdq.safetensors")))
+
+
+def test_a_bias_of_one_of_several_linears_is_not_lost(tmp_path: Path):
+    """Files that hold one may be read into a class that has none."""
+    model, _ = quantized("z_image")
+    nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+
+    def add(tensors: dict, _: dict) -> None:
+        bias = torch.zeros(3 * model.config.dim).bfloat16()
+        bias[model.config.dim:2 * model.config.dim] = 0.5  # of to_k
+        tensors["layers.0.attention.to_qkv.bias"] = packing.pack_vector(bias, 1)
+
+    path = rewritten(tmp_path / "svdq.safetensors", tmp_path / "biased.safetensors", add)
+    back = nq.load(path)
+    attention = back.layers[0].attention
+    assert attention.to_q.bias is None and bool((attention.to_k.bias == 0.5).all())
+    nq.export(back, tmp_path / "again.safetensors", "nunchaku")
+    assert not differences(contents(path)[0], contents(tmp_path / "again.safetensors")[0])

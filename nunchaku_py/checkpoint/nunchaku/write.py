@@ -157,13 +157,18 @@ class Writer:
         linears = [self._linear(name, item.stored) for name in item.modules]
         sizes = tuple(linear.codes.shape[0] for linear in linears)
         self._check_alike(item, linears)
+        some = any(linear.bias is not None for linear in linears)
         for name, linear in zip(item.modules, linears, strict=True):
-            linear.bias = self._stored_bias(name, linear.bias, item.stored.spread)
+            missing = some and linear.bias is None
+            bias = linear.codes.new_zeros(linear.codes.shape[0], dtype=self.dtype) if missing else linear.bias
+            linear.bias = self._stored_bias(name, bias, item.stored.spread)
         linear = Arrangement(item.stored, sizes).joined(linears)
         if linear.smooth is None:
             return packed_w4a16(linear)
         names = SHORT if self.family.short_names else LONG
         found = packed_w4a4(linear, self.rank, names, self.dtype)
+        if not self._has_bias(item):
+            del found["bias"]
         return {**found, **self._second_scale(item, linear.channel_scale)}
 
     def _shapes(self, item: Item) -> Shapes:
@@ -175,11 +180,17 @@ class Writer:
             bias = item.stored.spread > 0 or sites[0].bias is not None
             return shapes_w4a16(self._awq_format().group, n, k, bias, self.dtype)
         found = shapes_w4a4(first, n, k, self.rank, SHORT if self.family.short_names else LONG, self.dtype)
+        if not self._has_bias(item):
+            del found["bias"]
         if first.format == "nvfp4":
             scales = torch.cat([site.channel_scale.data for site in sites])
             leaf = next(iter(self._second_scale(item, scales)))
             found[leaf] = ((1 if leaf == "wtscale" else whole(n, CHANNELS),), self.dtype)
         return found
+
+    def _has_bias(self, item: Item) -> bool:
+        """Of a W4A4 linear: whether the file has one, zeros where there is none here."""
+        return self.family.every_bias or any(self.quantized[name].bias is not None for name in item.modules)
 
     def _site(self, name: str, stored: Stored) -> QuantizedSite:
         """The linear of this name, or the part of it that is meant."""
@@ -278,7 +289,7 @@ class Writer:
             return {}
         stored = scale.to(self.dtype)
         note_scales(scale, stored.float(), self.notes)
-        if len(item.modules) == 1 and bool((stored == stored[0]).all()):
+        if len(item.modules) == 1 and not self.family.by_channel and bool((stored == stored[0]).all()):
             return {"wtscale": stored[:1].clone()}
         return {"wcscales": pack_vector(stored, 1)}
 
