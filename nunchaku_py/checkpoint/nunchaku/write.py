@@ -68,6 +68,7 @@ class Writer:
         self.model, self.family, self.notes = model, family, Notes()
         self.quantized = quantized_modules(model)
         self.items = list(self._items())
+        self._check_all_or_none()
         self.format = self._format()
         sites = [site for site in model.modules() if isinstance(site, QuantizedSite) and site.site.has_smooth]
         self.rank = padded_rank(max((site.site.rank for site in sites), default=0))
@@ -126,6 +127,17 @@ class Writer:
                                 "too, or write nunchaku_lite")
         return all(found)
 
+    def _check_all_or_none(self) -> None:
+        """A file says in one word whether those that may be in 16 bit are."""
+        packed = {item.name for item in self.items}
+        names = [f"{prefix}.{stored.name}" for prefix, block in self.family.blocks_of(self.model)
+                 for stored in block.linears if re.fullmatch(self.family.may_be_dense, f"{prefix}.{stored.name}")]
+        dense = [name for name in names if name not in packed]
+        if dense and len(dense) < len(names):
+            other = next(name for name in names if name in packed)
+            raise NunchakuError(f"{dense[0]}: is in 16 bit and {other} is not: Nunchaku's files hold all linears of "
+                                f"refiners in 4 bits, or none")
+
     def _format(self) -> str:
         """Of the W4A4 linears, which is one for a file."""
         formats = {site.site.format for site in self.model.modules()
@@ -164,7 +176,10 @@ class Writer:
             linear.bias = self._stored_bias(name, bias, item.stored.spread)
         linear = Arrangement(item.stored, sizes).joined(linears)
         if linear.smooth is None:
-            return packed_w4a16(linear)
+            try:
+                return packed_w4a16(linear)
+            except NunchakuError as error:
+                raise NunchakuError(f"{item.modules[0]}: {error}") from error
         names = SHORT if self.family.short_names else LONG
         found = packed_w4a4(linear, self.rank, names, self.dtype)
         if not self._has_bias(item):
@@ -243,11 +258,11 @@ class Writer:
     def _for_awq(self, name: str, linear: Linear) -> Linear:
         """In groups that the peer's kernels know; else rounded again."""
         wanted = self._awq_format()
-        if linear.group == wanted.group and linear.format in ("uint4", wanted.name):
-            return linear
         if not awq_fits(linear.codes.shape[0], linear.k, wanted.group):
             raise NunchakuError(f"{name}: a linear of {linear.k} inputs and {linear.codes.shape[0]} outputs cannot be "
                                 "held as Nunchaku's files hold such linears")
+        if linear.group == wanted.group and linear.format in ("uint4", wanted.name):
+            return linear
         new = rounded_again(self.quantized[name].qtensor(), wanted, self.dtype, self.notes)
         return Linear(wanted.name, wanted.group, linear.k, new.codes, new.scales, new.zeros, bias=linear.bias)
 
