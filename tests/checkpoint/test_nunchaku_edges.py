@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 import nunchaku_py as nq
 from nunchaku_py.checkpoint.nunchaku import packing
 from nunchaku_py.swap import quantized_modules
-from tests.checks import differences, state_of
+from tests.checks import QUICK, differences, state_of
 from tests.checkpoint.test_nunchaku import contents, flux, quantized, rewritten  # noqa: F401  (flux: a fixture)
+from tests.tiny_models import flux_config, randomise
 
 
 @pytest.mark.parametrize("name", ["flux", "sana"])
@@ -139,3 +141,57 @@ def test_a_bias_of_one_of_several_linears_is_not_lost(tmp_path: Path):
     assert attention.to_q.bias is None and bool((attention.to_k.bias == 0.5).all())
     nq.export(back, tmp_path / "again.safetensors", "nunchaku")
     assert not differences(contents(path)[0], contents(tmp_path / "again.safetensors")[0])
+
+
+@pytest.mark.parametrize("rule", ["noise_refiner.*", "noise_refiner.0.attention.*"])
+def test_refiners_are_quantized_all_or_none(rule: str, tmp_path: Path):
+    model, _ = quantized("z_image", **{rule: "keep"})
+    with pytest.raises(nq.NunchakuError, match="noise_refiner.0.attention.to_qkv: is in 16 bit and .* is not: Nunch"):
+        nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+
+
+def test_refiners_in_16_bit(tmp_path: Path):
+    model, _ = quantized("z_image", **{"*_refiner.*": "keep"})
+    nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+    assert json.loads(contents(tmp_path / "svdq.safetensors")[1]["quantization_config"])["skip_refiners"] is True
+    assert not differences(state_of(model), state_of(nq.load(tmp_path / "svdq.safetensors")))
+
+
+def test_refusals_of_modulations_name_them(tmp_path: Path):
+    model = randomise(FluxTransformer2DModel(**flux_config(
+        num_layers=1, num_single_layers=1, attention_head_dim=48, axes_dims_rope=[16, 16, 16])))
+    nq.quantize(model, QUICK)
+    with pytest.raises(nq.NunchakuError, match="transformer_blocks.0.norm1.linear: a linear of 96 inputs and 576 out"):
+        nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+
+
+def test_a_scale_that_is_too_large_is_named(flux: tuple, tmp_path: Path):  # noqa: F811
+    model = randomise(FluxTransformer2DModel(**flux_config(num_layers=1, num_single_layers=1)), dtype=torch.float16)
+    nq.quantize(model, QUICK)
+    model.transformer_blocks[0].norm1_context.linear.scales.data[0, 0] = 60000
+    with pytest.raises(nq.NunchakuError, match="transformer_blocks.0.norm1_context.linear: a scale is too large"):
+        nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+
+
+@pytest.mark.parametrize("form", ["nunchaku", "nunchaku_py"])
+def test_quantized_linears_compute_in_the_dtype_that_is_asked_for(form: str, flux: tuple, tmp_path: Path):  # noqa: F811
+    nq.export(flux[0], tmp_path / "svdq.safetensors", form)
+    model = nq.load(tmp_path / "svdq.safetensors", dtype=torch.float16)
+    linear = model.transformer_blocks[0].attn.to_q
+    assert linear.compute_dtype == linear.weight.dtype == model.dtype == torch.float16
+    assert linear.smooth.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("config", [[1], "svdquant", {"quant_method": ["nunchaku_py"]}])
+def test_quantization_configs_that_are_none(config: object, tmp_path: Path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pytest.raises(nq.NunchakuError, match="has no quantization_config of ours"):
+        nq.load(tmp_path / "transformer")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(nq.NunchakuError, match="cannot be read as JSON"):
+        nq.load(tmp_path / "other")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(nq.NunchakuError):
+        nq.load(tmp_path)

@@ -22,7 +22,7 @@ from ...progress import Progress
 from ...site import Site
 from ...swap import Entry, empty_module, fill_module, module_shape, replace_module
 from ..build import empty_model, one_line
-from ..fill import attach_stored, put
+from ..fill import attach_stored, put, set_compute_dtype
 from ..headers import read_header, shown
 from ..manifest import entry_from_json, manifest_of
 from ..tensor_file import TensorFile
@@ -313,6 +313,7 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
         for name in sorted(reader.left & wanted):  # a model may allow tensors that it does not have
             put(model, name, file.read(name), dtype, source)
         _tie(model, reader.left)
+        set_compute_dtype(model, dtype)
         check_loaded(model, source, mode)
         attach_stored(model, _described(model, reader), source)
     return model.eval()
