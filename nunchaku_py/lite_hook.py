@@ -125,7 +125,9 @@ def refusal(theirs: Any, config: Any) -> str | None:
 
 def _unknown_patches(their_config: Any, config: Any) -> str | None:
     """diffusers' class drops what it does not know, and would then miss the modules that patches make."""
-    if not getattr(config, "patches", None) or their_config is None or hasattr(their_config.from_dict(fields_of(config)), "patches"):
+    if not getattr(config, "patches", None) or their_config is None:
+        return None
+    if hasattr(their_config.from_dict(fields_of(config)), "patches"):
         return None
     return "the folder has patches, which it does not know"
 
