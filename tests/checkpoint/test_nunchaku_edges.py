@@ -10,9 +10,9 @@ from diffusers import FluxTransformer2DModel
 
 import nunchaku_py as nq
 from nunchaku_py.checkpoint.nunchaku import packing
-from nunchaku_py.swap import quantized_modules
-from tests.checks import QUICK, differences, state_of
+from nunchaku_py.swap import quantized_modules, quantized_sites
 from tests.checkpoint.test_nunchaku import contents, flux, quantized, rewritten  # noqa: F401  (flux: a fixture)
+from tests.checks import QUICK, differences, state_of
 from tests.tiny_models import flux_config, randomise
 
 
@@ -195,3 +195,19 @@ def test_quantization_configs_that_are_none(config: object, tmp_path: Path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(nq.NunchakuError):
         nq.load(tmp_path)
+
+
+def test_a_scale_for_all_weights_may_be_a_number_or_a_row_of_one(tmp_path: Path):
+    model, _ = quantized("flux", "nvfp4")
+    for module in quantized_sites(model):
+        if module.site.format == "nvfp4":
+            module.set_tensor("channel_scale", torch.full_like(module.channel_scale.data, 0.5))
+    nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+
+    def flatten(tensors: dict, _: dict) -> None:
+        for name in [name for name in tensors if name.endswith("wtscale")]:
+            tensors[name] = tensors[name].reshape(())
+
+    path = rewritten(tmp_path / "svdq.safetensors", tmp_path / "flat.safetensors", flatten)
+    assert any(name.endswith("wtscale") for name in contents(path)[0])
+    assert not differences(state_of(model), state_of(nq.load(path)))
