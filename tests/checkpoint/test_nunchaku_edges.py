@@ -10,6 +10,9 @@ from diffusers import FluxTransformer2DModel
 
 import nunchaku_py as nq
 from nunchaku_py.checkpoint.nunchaku import packing
+from nunchaku_py.checkpoint.nunchaku.families import SANA
+from nunchaku_py.checkpoint.nunchaku.linears import Linear
+from nunchaku_py.checkpoint.nunchaku.rows import Arrangement
 from nunchaku_py.swap import quantized_modules, quantized_sites
 from tests.checkpoint.test_nunchaku import contents, flux, quantized, rewritten  # noqa: F401  (flux: a fixture)
 from tests.checks import QUICK, differences, state_of
@@ -211,3 +214,11 @@ def test_a_scale_for_all_weights_may_be_a_number_or_a_row_of_one(tmp_path: Path)
     path = rewritten(tmp_path / "svdq.safetensors", tmp_path / "flat.safetensors", flatten)
     assert any(name.endswith("wtscale") for name in contents(path)[0])
     assert not differences(state_of(model), state_of(nq.load(path)))
+
+
+def test_what_pads_heads_is_made_where_they_are():
+    """The meta device stands for a GPU."""
+    sana = next(stored for block in SANA.blocks for stored in block.linears if stored.rows == "heads")
+    linear = Linear("int4", 64, 64, *(torch.empty(96, size, device="meta") for size in (32, 1)), smooth=torch.ones(64))
+    joined = Arrangement(sana, (96, 96, 96)).joined([linear] * 3)
+    assert joined.codes.shape == (3 * 128, 32) and joined.scales.device.type == "meta"
