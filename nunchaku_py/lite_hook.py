@@ -57,6 +57,14 @@ class _Keeping:
         return f"{type(self).__name__}({', '.join(fields_of(self))})"
 
 
+class _AlsoTheirs(type):
+    """Takes configurations of the class that it stands for in diffusers' table as its own: pipelines look there
+    whether they know what a user made with diffusers' class."""
+
+    def __instancecheck__(cls, found: Any) -> bool:
+        return super().__instancecheck__(found) or isinstance(found, cls.__bases__[-1])
+
+
 def fields_of(config: Any) -> dict[str, Any]:
     """JSON values."""
     found = {name: getattr(config, name, None) for name in _FIELDS}
@@ -117,7 +125,9 @@ def refusal(theirs: Any, config: Any) -> str | None:
 
 def _unknown_patches(their_config: Any, config: Any) -> str | None:
     """diffusers' class drops what it does not know, and would then miss the modules that patches make."""
-    if not config.patches or their_config is None or hasattr(their_config.from_dict(fields_of(config)), "patches"):
+    if not getattr(config, "patches", None) or their_config is None:
+        return None
+    if hasattr(their_config.from_dict(fields_of(config)), "patches"):
         return None
     return "the folder has patches, which it does not know"
 
@@ -136,7 +146,7 @@ def choose(theirs: Any, their_config: Any, config: Any, **kwargs: Any) -> Any:
 def enter(quantizers: MutableMapping[str, Any], configs: MutableMapping[str, Any]) -> type:
     """Into diffusers' two tables, in front of its own; gives the class of configurations."""
     theirs, their_config = quantizers.get(QUANT_METHOD), configs.get(QUANT_METHOD)
-    configs[QUANT_METHOD] = found = type("NunchakuLiteConfig", (_Keeping, their_config or OwnLiteConfig), {})
+    configs[QUANT_METHOD] = found = _AlsoTheirs("NunchakuLiteConfig", (_Keeping, their_config or OwnLiteConfig), {})
     quantizers[QUANT_METHOD] = partial(choose, theirs, their_config)
     return found
 

@@ -245,3 +245,16 @@ def test_diffusers_own_quantizer_still_loads(folder: Path, able: Any, monkeypatc
     assert again.to_dict() == model.config.quantization_config.to_dict()
     assert type(model.transformer_blocks[0].attn.to_q).__name__ == "SVDQW4A4Linear"
     assert type(model.transformer_blocks[0].norm1.linear).__name__ == "AWQW4A16Linear"
+
+
+def test_configurations_made_with_the_class_of_diffusers(able: Any) -> None:
+    """They lack what ours keeps, and pipelines take them where they took them before."""
+    from diffusers import GGUFQuantizationConfig, PipelineQuantizationConfig
+    from diffusers.quantizers.quantization_config import NunchakuLiteQuantizationConfig
+
+    theirs = NunchakuLiteQuantizationConfig(svdq_w4a4=section(["a"], "int4"))
+    able(12, 0)
+    assert type(auto.DiffusersAutoQuantizer.from_config(theirs, pre_quantized=True)) is THEIRS
+    PipelineQuantizationConfig(quant_mapping={"transformer": theirs})
+    assert isinstance(theirs, lite_hook.NunchakuLiteConfig)
+    assert not isinstance(GGUFQuantizationConfig(), lite_hook.NunchakuLiteConfig)

@@ -10,7 +10,6 @@ from ..errors import NunchakuError
 from ..linear import COMPUTE_DTYPES, QuantizedSite
 from ..module_tools import dtype_name
 from ..split_linear import SplitLinear
-from ..swap import quantized_sites
 from .build import one_line
 from .validate import split_parameter
 
@@ -34,11 +33,11 @@ def put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | N
         module._buffers[leaf] = tensor
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """What the quantized linears say that they are in, as the other tensors have been cast."""
-    for site in quantized_sites(model):
-        if dtype in COMPUTE_DTYPES:
-            site.compute_dtype = dtype
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """What quantized linears compute in, where another type is asked for than they are stored in."""
+    for module in model.modules():
+        if isinstance(module, QuantizedSite) and dtype in COMPUTE_DTYPES:
+            module.compute_dtype = dtype
 
 
 def attach_stored(model: nn.Module, quantization: dict[str, Any], source: str) -> None:

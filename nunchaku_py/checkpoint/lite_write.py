@@ -212,11 +212,12 @@ class LiteWriter:
 
 def write_lite(model: nn.Module, folder: Path) -> Notes:
     """Write config.json and the tensors into a folder; says what could not be kept bit for bit."""
-    writer = LiteWriter(model)
-    layout, config = writer.layout(), writer.config()
-    writer.notes = Notes()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / FILE, layout, writer.tensors(), {"format": "pt"})
+    with torch.device("cpu"):  # whatever torch's default is
+        writer = LiteWriter(model)
+        layout, config = writer.layout(), writer.config()
+        writer.notes = Notes()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / FILE, layout, writer.tensors(), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return writer.notes
 

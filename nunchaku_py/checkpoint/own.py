@@ -21,7 +21,7 @@ from ..linear import QuantizedSite
 from ..lite_choice import always_ours
 from ..swap import quantized_models
 from .build import empty_model, model_class, one_line
-from .fill import attach_stored, compute_in, put
+from .fill import attach_stored, put, set_compute_dtype
 from .headers import read_header, shown
 from .lite_config import QUANT_METHOD as LITE
 from .manifest import QUANT_METHOD, Manifest
@@ -66,7 +66,7 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
 # ------------------------------------------------------------------------------------------------------------- reading
 def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config") or {}
+    quantization = _quantization_in(config)
     if quantization.get("quant_method") not in (QUANT_METHOD, LITE):
         raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
                             f"(quant_method is {quantization.get('quant_method')!r})")
@@ -87,11 +87,17 @@ def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
     return pipe
 
 
+def _quantization_in(config: dict[str, Any]) -> dict[str, Any]:
+    """Empty where there is none, or what is no table."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
 def _dtype_of_pipeline(path: Path) -> torch.dtype | None:
     """What the quantized model of a pipeline was in; diffusers would load the other models in fp32."""
     for file in sorted(path.glob("*/config.json")):
-        quantization = read_json(file).get("quantization_config") or {}
-        field = {QUANT_METHOD: "model_dtype", LITE: "compute_dtype"}.get(quantization.get("quant_method"))
+        quantization = _quantization_in(read_json(file))
+        field = {QUANT_METHOD: "model_dtype", LITE: "compute_dtype"}.get(str(quantization.get("quant_method")))
         found = getattr(torch, str(quantization.get(field)), None)
         if isinstance(found, torch.dtype):
             return found
@@ -138,7 +144,7 @@ def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
                 put(model, name, file.read(name), dtype, str(path))
     for second, first in shared.items():
         _share(model, first, second, str(path))
-    compute_in(model, dtype)
+    set_compute_dtype(model, dtype)
     check_loaded(model, str(path), mode)
     attach_stored(model, config["quantization_config"], str(path))
     return model.eval()

@@ -80,7 +80,7 @@ class TensorFile:
         if entry.dtype not in DTYPES:
             raise NunchakuError(f"{label}: dtype {shown(entry.dtype)} is not one that this release reads")
         try:
-            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")  # whatever torch's default is
         except RuntimeError as error:
             raise NunchakuError(f"{label}: there is no memory for its {entry.nbytes} bytes") from error
         try:

@@ -22,7 +22,7 @@ from ...progress import Progress
 from ...site import Site
 from ...swap import Entry, empty_module, fill_module, module_shape, replace_module
 from ..build import empty_model, one_line
-from ..fill import attach_stored, compute_in, put
+from ..fill import attach_stored, put, set_compute_dtype
 from ..headers import read_header, shown
 from ..manifest import entry_from_json, manifest_of
 from ..tensor_file import TensorFile
@@ -72,9 +72,10 @@ def config_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 class Reader:
     """Fills an empty model from a file; `family` None: every packed linear is called as its module."""
 
-    def __init__(self, file: TensorFile, model: nn.Module, source: str, dtype: torch.dtype | None, progress: Progress
-                 ) -> None:
-        self.file, self.model, self.source, self.dtype, self.progress = file, model, source, dtype, progress
+    def __init__(self, file: TensorFile, model: nn.Module, source: str, progress: Progress,
+                 dtype: torch.dtype | None = None) -> None:
+        self.file, self.model, self.source, self.progress = file, model, source, progress
+        self.dtype = dtype  # what is not quantized is cast to
         self.family: Family | None = family_of(model)
         self.left = set(file.names())
         self.groups: list[list[str]] = []
@@ -213,6 +214,9 @@ class Reader:
     def _install(self, name: str, module: nn.Module, linears: Sequence[Linear], gelu: Sequence[bool]) -> None:
         sites = [self._site(name, i if len(linears) > 1 else None, *pair)
                  for i, pair in enumerate(zip(linears, gelu, strict=True))]
+        if module.bias is not None and all(linear.bias is None for linear in linears):
+            raise NunchakuError(f"{self.source}: {name}: the file holds no bias for it, and "
+                                f"{type(self.model).__name__} has one")
         bias = _bias_of(linears, module.bias is not None or any(site.shift for site in sites))
         whole = len(linears) == 1
         starts = [sum(linear.k for linear in linears[:i]) for i in range(len(linears) + 1)]
@@ -229,8 +233,9 @@ class Reader:
 
     def _site(self, name: str, part: int | None, linear: Linear, gelu: bool) -> Site:
         own = self._own.get(name)
-        own = own[part][1] if isinstance(own, tuple) and part is not None else own
-        rank = min(own.rank, linear.rank) if isinstance(own, Site) else linear.rank
+        if isinstance(own, tuple):
+            own = own[part][1] if part is not None and part < len(own) else None
+        rank = own.rank if isinstance(own, Site) and _is_padding(linear, own.rank) else linear.rank
         if linear.smooth is None:
             return Site("w4a16", linear.format, linear.group)
         shifted = gelu and linear.format == "int4"
@@ -272,6 +277,11 @@ def _bias_of(linears: Sequence[Linear], needed: bool) -> Tensor | None:
     return found[0] if len(found) == 1 else sum(bias.float() for bias in found)
 
 
+def _is_padding(linear: Linear, rank: int) -> bool:
+    """Whether the ranks from here on are zeros: another tool may have put a LoRA there."""
+    return rank <= linear.rank and (linear.down is None or not (linear.down[rank:].any() or linear.up[:, rank:].any()))
+
+
 def _canonical(linear: Linear, site: Site) -> dict[str, Tensor]:
     found = {"codes": linear.codes, "scales": linear.scales, "zeros": linear.zeros,
              "channel_scale": linear.channel_scale, "smooth": linear.smooth, "divisor": linear.divisor,
@@ -292,18 +302,18 @@ def is_nunchaku(path: Path) -> bool:
 def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     """The ordinary class of diffusers or transformers, with quantized linears."""
     source = str(path)
-    with TensorFile(files_of(path)) as file:
+    with TensorFile(files_of(path)) as file, torch.device("cpu"):  # whatever torch's default is
         nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
         model = empty_model(config_of(path, file.metadata), len(file.tensors), nbytes, source)
         with Progress(nbytes, f"reading {path.name}") as progress:
-            reader = Reader(file, model, source, dtype, progress)
+            reader = Reader(file, model, source, progress, dtype)
             reader.linears()
         check_keys(model, reader.loaded | reader.left | set(tied(model, reader.left)), source)
         wanted = set(model.state_dict())
         for name in sorted(reader.left & wanted):  # a model may allow tensors that it does not have
             put(model, name, file.read(name), dtype, source)
         _tie(model, reader.left)
-        compute_in(model, dtype)
+        set_compute_dtype(model, dtype)
         check_loaded(model, source, mode)
         attach_stored(model, _described(model, reader), source)
     return model.eval()

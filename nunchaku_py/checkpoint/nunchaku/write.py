@@ -68,6 +68,7 @@ class Writer:
         self.model, self.family, self.notes = model, family, Notes()
         self.quantized = quantized_modules(model)
         self.items = list(self._items())
+        self._check_all_or_none()
         self.format = self._format()
         sites = [site for site in model.modules() if isinstance(site, QuantizedSite) and site.site.has_smooth]
         self.rank = padded_rank(max((site.site.rank for site in sites), default=0))
@@ -126,6 +127,17 @@ class Writer:
                                 "too, or write nunchaku_lite")
         return all(found)
 
+    def _check_all_or_none(self) -> None:
+        """A file says in one word whether those that may be in 16 bit are."""
+        packed = {item.name for item in self.items}
+        names = [f"{prefix}.{stored.name}" for prefix, block in self.family.blocks_of(self.model)
+                 for stored in block.linears if re.fullmatch(self.family.may_be_dense, f"{prefix}.{stored.name}")]
+        dense = [name for name in names if name not in packed]
+        if dense and len(dense) < len(names):
+            other = next(name for name in names if name in packed)
+            raise NunchakuError(f"{dense[0]}: is in 16 bit and {other} is not: Nunchaku's files hold all linears of "
+                                f"refiners in 4 bits, or none")
+
     def _format(self) -> str:
         """Of the W4A4 linears, which is one for a file."""
         formats = {site.site.format for site in self.model.modules()
@@ -157,13 +169,21 @@ class Writer:
         linears = [self._linear(name, item.stored) for name in item.modules]
         sizes = tuple(linear.codes.shape[0] for linear in linears)
         self._check_alike(item, linears)
+        some = any(linear.bias is not None for linear in linears)
         for name, linear in zip(item.modules, linears, strict=True):
-            linear.bias = self._stored_bias(name, linear.bias, item.stored.spread)
+            missing = some and linear.bias is None
+            bias = linear.codes.new_zeros(linear.codes.shape[0], dtype=self.dtype) if missing else linear.bias
+            linear.bias = self._stored_bias(name, bias, item.stored.spread)
         linear = Arrangement(item.stored, sizes).joined(linears)
         if linear.smooth is None:
-            return packed_w4a16(linear)
+            try:
+                return packed_w4a16(linear)
+            except NunchakuError as error:
+                raise NunchakuError(f"{item.modules[0]}: {error}") from error
         names = SHORT if self.family.short_names else LONG
         found = packed_w4a4(linear, self.rank, names, self.dtype)
+        if not self._has_bias(item):
+            del found["bias"]
         return {**found, **self._second_scale(item, linear.channel_scale)}
 
     def _shapes(self, item: Item) -> Shapes:
@@ -175,11 +195,17 @@ class Writer:
             bias = item.stored.spread > 0 or sites[0].bias is not None
             return shapes_w4a16(self._awq_format().group, n, k, bias, self.dtype)
         found = shapes_w4a4(first, n, k, self.rank, SHORT if self.family.short_names else LONG, self.dtype)
+        if not self._has_bias(item):
+            del found["bias"]
         if first.format == "nvfp4":
             scales = torch.cat([site.channel_scale.data for site in sites])
             leaf = next(iter(self._second_scale(item, scales)))
             found[leaf] = ((1 if leaf == "wtscale" else whole(n, CHANNELS),), self.dtype)
         return found
+
+    def _has_bias(self, item: Item) -> bool:
+        """Of a W4A4 linear: whether the file has one, zeros where there is none here."""
+        return self.family.every_bias or any(self.quantized[name].bias is not None for name in item.modules)
 
     def _site(self, name: str, stored: Stored) -> QuantizedSite:
         """The linear of this name, or the part of it that is meant."""
@@ -232,11 +258,11 @@ class Writer:
     def _for_awq(self, name: str, linear: Linear) -> Linear:
         """In groups that the peer's kernels know; else rounded again."""
         wanted = self._awq_format()
-        if linear.group == wanted.group and linear.format in ("uint4", wanted.name):
-            return linear
         if not awq_fits(linear.codes.shape[0], linear.k, wanted.group):
             raise NunchakuError(f"{name}: a linear of {linear.k} inputs and {linear.codes.shape[0]} outputs cannot be "
                                 "held as Nunchaku's files hold such linears")
+        if linear.group == wanted.group and linear.format in ("uint4", wanted.name):
+            return linear
         new = rounded_again(self.quantized[name].qtensor(), wanted, self.dtype, self.notes)
         return Linear(wanted.name, wanted.group, linear.k, new.codes, new.scales, new.zeros, bias=linear.bias)
 
@@ -278,7 +304,7 @@ class Writer:
             return {}
         stored = scale.to(self.dtype)
         note_scales(scale, stored.float(), self.notes)
-        if len(item.modules) == 1 and bool((stored == stored[0]).all()):
+        if len(item.modules) == 1 and not self.family.by_channel and bool((stored == stored[0]).all()):
             return {"wtscale": stored[:1].clone()}
         return {"wcscales": pack_vector(stored, 1)}
 
@@ -290,12 +316,13 @@ def _as_depthwise(tensor: Tensor) -> Tensor:
 
 def write(model: nn.Module, path: Path) -> Notes:
     """Write the file; says what could not be kept bit for bit."""
-    writer = Writer(model)
-    layout = writer.layout()
-    writer.notes = Notes()
-    nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
-    with Progress(nbytes, f"writing {path.name}") as progress:
-        write_tensors(path, layout, _shown(writer.tensors(), progress), metadata_of(writer))
+    with torch.device("cpu"):  # whatever torch's default is
+        writer = Writer(model)
+        layout = writer.layout()
+        writer.notes = Notes()
+        nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        with Progress(nbytes, f"writing {path.name}") as progress:
+            write_tensors(path, layout, _shown(writer.tensors(), progress), metadata_of(writer))
     return writer.notes
 
 
