@@ -100,6 +100,20 @@ def test_parts(name: str, value: str, good: Path, tmp_path: Path):
     refused(damaged(good, tmp_path / "a.safetensors", change), f"{SINGLE}proj_out")
 
 
+@pytest.mark.parametrize("part", ["out_proj", "mlp_fc2"])
+def test_a_part_without_a_bias(part: str, good: Path, tmp_path: Path):
+    """Each has one, if of zeros: without it nobody knows which of two files this was."""
+    refused(damaged(good, tmp_path / "a.safetensors", lambda tensors, _: tensors.pop(f"{SINGLE}{part}.bias")),
+            f"{SINGLE}proj_out: the file holds no bias for it")
+
+
+def test_metadata_of_two_classes(good: Path, tmp_path: Path):
+    def change(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        metadata["model_class"] = "NunchakuQwenImageTransformer2DModel"
+
+    refused(damaged(good, tmp_path / "a.safetensors", change), "a FluxTransformer2DModel and a QwenImageTransf")
+
+
 @pytest.mark.parametrize("name", ["extra", f"{BLOCK}extra.weight", f"{BLOCK}qkv_proj.extra", f"{BLOCK}extra.qweight"])
 def test_unexpected(name: str, good: Path, tmp_path: Path):
     def change(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
