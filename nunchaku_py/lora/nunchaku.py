@@ -1,8 +1,5 @@
 """LoRAs that were converted for Nunchaku's FLUX.1: q, k, v as one, and 16-bit factors in the order in which its kernels
-read them.
-
-    down: a = r%16, b = c%16      up: a = c%16, b = r%16      (r: rank, c: input or output channel)
-    element of the 16×16 tile: ((((a%8)·4 + b%8//2)·2 + a//8)·2 + b//8)·2 + b%2;    tiles by c//16, then r//16
+read them, that of the branches of its checkpoints.
 
 Ranks are padded to 16 with zeros. Modulation layers are not packed, but their outputs are interleaved: row j = c·S + s
 of the file is row s·(N/S) + c of diffusers' (S = 6, or 3 in single blocks).
@@ -15,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..checkpoint.nunchaku.packing import unpack_down, unpack_up
+from ..checkpoint.nunchaku.rows import apart
 from ..errors import NunchakuError
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
@@ -64,14 +63,14 @@ def _rows(key: str, tensor: Tensor, name: str, half: str) -> Tensor:
         return tensor if half == "down" else _in_order(key, tensor, spread)
     if any(size % 16 for size in tensor.shape):
         raise NunchakuError(f"{key}: expected (channels, ranks), both multiples of 16, got {tuple(tensor.shape)}")
-    plain = unpack(tensor, half == "down")
-    return plain.T.contiguous() if half == "down" else plain
+    channels, ranks = tensor.shape
+    return unpack_down(tensor, channels, ranks) if half == "down" else unpack_up(tensor, channels, ranks)
 
 
 def _in_order(key: str, up: Tensor, spread: int) -> Tensor:
     if up.shape[0] % spread:
         raise NunchakuError(f"{key}: expected a multiple of {spread} rows, got {tuple(up.shape)}")
-    return up.view(-1, spread, up.shape[1]).transpose(0, 1).reshape(up.shape)
+    return apart(up, spread)
 
 
 def _whole(halves: Halves) -> Halves:
@@ -91,13 +90,3 @@ def joined(parts: Sequence[Halves]) -> Halves:
     """Of a module from pairs that read one stretch of its inputs after another."""
     downs = torch.block_diag(*(part["down"] for part in parts))
     return {"down": downs, "up": torch.cat([part["up"] for part in parts], 1)}
-
-
-def unpack(packed: Tensor, down: bool) -> Tensor:
-    """(C,R) in the kernels' order → (C,R) in rows."""
-    channels, ranks = packed.shape
-    tiles = packed.reshape(channels // 16, ranks // 16, 8, 4, 2, 2, 2)  # c, r; a%8, b%8//2, a//8, b//8, b%2
-    tiles = tiles.permute(0, 1, 4, 2, 5, 3, 6).reshape(channels // 16, ranks // 16, 16, 16)  # c, r; a, b
-    if down:  # a is the rank
-        tiles = tiles.transpose(2, 3)
-    return tiles.permute(0, 2, 1, 3).reshape(channels, ranks)

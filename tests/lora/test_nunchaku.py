@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nunchaku_py import NunchakuError
+from nunchaku_py.checkpoint.nunchaku.packing import unpack_down, unpack_up
 from nunchaku_py.lora.formats import read
-from nunchaku_py.lora.nunchaku import unpack
 from tests.lora.toys import State, normal
 from tests.lora.writers import target_of
 from tests.tiny import MODELS
@@ -42,7 +42,8 @@ def converted(name: str, down: Tensor, up: Tensor) -> State:
 @pytest.mark.parametrize("down", [True, False])
 def test_the_order_of_the_kernels(down: bool) -> None:
     plain = torch.arange(48 * 32.0).view(48, 32)
-    assert torch.equal(unpack(packed(plain, down), down), plain)
+    found = unpack_down(packed(plain, True), *plain.shape).T if down else unpack_up(packed(plain, False), *plain.shape)
+    assert torch.equal(found, plain)
 
 
 def test_a_converted_lora_is_the_one_it_was_made_from() -> None:
