@@ -183,8 +183,8 @@ def step(args: argparse.Namespace) -> None:
               contender=f"{OURS} {args.mode}", note=(
         f"load {seconds:.1f} s; after it {gigabytes(loaded)}; the imports alone {gigabytes(before)}"),
         shape=f"FLUX.1 transformer, {len(model.transformer_blocks)} + {len(model.single_transformer_blocks)} blocks",
-        m=args.tokens + TEXT, stored_bytes=sum(file.stat().st_size for file in weight_files(args.folder)),
-        peak_bytes=after["VmHWM"], version=installed("diffusers"))
+        m=args.tokens + TEXT if times else "", peak_bytes=after["VmHWM"], version=installed("diffusers"),
+        stored_bytes=sum(file.stat().st_size for file in weight_files(args.folder)))
     row.fill_times(times or [seconds], None)
     if args.out:
         with RowFile(args.out) as file:
