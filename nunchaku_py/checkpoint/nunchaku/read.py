@@ -68,10 +68,11 @@ def config_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 class Reader:
-    """Fills an empty model from a file; `family` None: every packed linear is called as its module."""
+    """Fills an empty model from a file; `family` None: every packed linear is called as its module. dtype: what tensors
+    of other modules are cast to."""
 
-    def __init__(self, file: TensorFile, model: nn.Module, source: str) -> None:
-        self.file, self.model, self.source = file, model, source
+    def __init__(self, file: TensorFile, model: nn.Module, source: str, dtype: torch.dtype | None = None) -> None:
+        self.file, self.model, self.source, self.dtype = file, model, source, dtype
         self.family: Family | None = family_of(model)
         self.left = set(file.names())
         self.groups: list[list[str]] = []
@@ -122,7 +123,7 @@ class Reader:
         return self.file.read(name)
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        put(self.model, name, tensor, None, self.source)
+        put(self.model, name, tensor, self.dtype, self.source)
         self.loaded.add(name)
 
     def _dense(self, stored: Stored, prefix: str) -> None:
@@ -286,7 +287,7 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
     with TensorFile(files_of(path)) as file:
         nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
         model = empty_model(config_of(path, file.metadata), len(file.tensors), nbytes, source)
-        reader = Reader(file, model, source)
+        reader = Reader(file, model, source, dtype)
         reader.linears()
         check_keys(model, reader.loaded | reader.left | set(tied(model, reader.left)), source)
         wanted = set(model.state_dict())
