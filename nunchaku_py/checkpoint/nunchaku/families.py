@@ -46,6 +46,7 @@ class Family:
     short_names: bool  # lora_down, smooth, …; else proj_down, smooth_factor, …
     blocks: tuple[Block, ...]
     may_be_dense: str = ""  # names of linears that may be in 16 bit, a regular expression
+    zero_biases: bool = True  # a linear without a bias has one of zeros; else none, and readers refuse such a tensor
 
     def blocks_of(self, model: nn.Module) -> Iterator[tuple[str, Block]]:
         for name, _ in model.named_modules():
@@ -102,7 +103,7 @@ Z_IMAGE = Family("ZImageTransformer2DModel", "NunchakuZImageTransformer2DModel",
         Stored("feed_forward.net.0.proj", ("feed_forward.w3", "feed_forward.w1"), dense_too=True),  # value, gate
         Stored("feed_forward.net.2", ("feed_forward.w2",), dense_too=True),
     )),
-), may_be_dense=r"(noise|context)_refiner\..*")
+), may_be_dense=r"(noise|context)_refiner\..*", zero_biases=False)
 
 SDXL = Family("UNet2DConditionModel", "NunchakuSDXLUNet2DConditionModel", True, (
     Block(r"(.*\.)?attentions\.\d+\.transformer_blocks\.\d+", (
@@ -113,7 +114,7 @@ SDXL = Family("UNet2DConditionModel", "NunchakuSDXLUNet2DConditionModel", True, 
         Stored("ff.net.0.proj", ("ff.net.0.proj",)),
         Stored("ff.net.2", ("ff.net.2",)),
     )),
-))
+), zero_biases=False)
 
 SANA = Family("SanaTransformer2DModel", "NunchakuSanaTransformer2DModel", True, (
     Block(r"transformer_blocks\.\d+", (

@@ -162,6 +162,8 @@ class Writer:
             return packed_w4a16(linear)
         names = SHORT if self.family.short_names else LONG
         found = packed_w4a4(linear, self.rank, names, self.dtype)
+        if linear.bias is None and not self.family.zero_biases:
+            del found["bias"]
         return {**found, **self._second_scale(item, linear.channel_scale)}
 
     def _shapes(self, item: Item) -> Shapes:
@@ -173,6 +175,8 @@ class Writer:
             bias = item.stored.spread > 0 or sites[0].bias is not None
             return shapes_w4a16(self._awq_format().group, n, k, bias, self.dtype)
         found = shapes_w4a4(first, n, k, self.rank, SHORT if self.family.short_names else LONG, self.dtype)
+        if sites[0].bias is None and not self.family.zero_biases:
+            del found["bias"]
         if first.format == "nvfp4":
             scales = torch.cat([site.channel_scale.data for site in sites])
             leaf = next(iter(self._second_scale(item, scales)))
