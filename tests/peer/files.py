@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.checkpoint import peer_layout as layout
-from tests.checkpoint.peer_names import (
+from tests.peer import layout
+from tests.peer.names import (
     CLASSES,
     LONG,
     RENAMED,

@@ -24,8 +24,8 @@ from nunchaku_py.linear import QuantizedSite
 from nunchaku_py.site import Site
 from nunchaku_py.split_linear import SplitLinear
 from nunchaku_py.swap import quantized_modules
-from tests.checkpoint.peer_files import SHIFT, Part, PeerFile, Recipe, make, write
-from tests.checkpoint.peer_names import LONG, SHORT, packed_linears
+from tests.peer.files import SHIFT, Part, PeerFile, Recipe, make, write
+from tests.peer.names import LONG, SHORT, packed_linears
 from tests.checks import bits, relative, run, same_bits
 
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -100,7 +100,7 @@ def _under(prefix: str, linears: list[Packed]) -> list[Packed]:
 
 
 def packed_linears(family: str, dense_refiners: bool = False) -> Iterator[Packed]:
-    """Of the tiny models of peer_files.py, which have one block of each kind."""
+    """Of the tiny models of files.py, which have one block of each kind."""
     if family == "flux":
         yield from flux_block("transformer_blocks.0")
         yield from flux_single_block("single_transformer_blocks.0")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nunchaku_py.checkpoint.nunchaku import packing
-from tests.checkpoint import peer_layout as peer
+from tests.peer import layout as peer
 from tests.checks import same_bits
 
 SHAPES = [(1, 1), (3, 5), (128, 128), (127, 129), (130, 64), (200, 96), (256, 320), (129, 63), (16, 500), (300, 33)]
