@@ -1,7 +1,9 @@
 """A model of FLUX.1's size on a machine too small for it in 16 bit: made block by block, loaded, run for one step.
 
     python -m benchmarks.flux_size build --folder /tmp/flux-size            about 7 GB on disk
-    python -m benchmarks.flux_size step --folder /tmp/flux-size --threads 2 --out benchmarks/results/flux_size_cpu.csv
+    python -m benchmarks.flux_size step --folder /tmp/flux-size --threads 2 --out flux_size.csv
+    nunchaku-py convert /tmp/flux-size /tmp/svdq.safetensors --to nunchaku
+    python -m benchmarks.flux_size step --folder /tmp/svdq.safetensors --steps 0 --out flux_size.csv
 
 The architecture is that of FLUX.1-dev, the weights are random. Of each kind of block `--distinct` are drawn and
 quantized, and written under the names of all the others: neither time nor memory of a step depends on what the weights
@@ -177,12 +179,13 @@ def step(args: argparse.Namespace) -> None:
     print(nq.explain(model), flush=True)
     times = list(steps(model, args))
     after = machine.memory()
-    row = Row(**machine.provenance(), isa=machine.our_isa(), op="step", contender=f"{OURS} {args.mode}", note=(
+    row = Row(**machine.provenance(), isa=machine.our_isa(), op="step" if times else "load",
+              contender=f"{OURS} {args.mode}", note=(
         f"load {seconds:.1f} s; after it {gigabytes(loaded)}; the imports alone {gigabytes(before)}"),
         shape=f"FLUX.1 transformer, {len(model.transformer_blocks)} + {len(model.single_transformer_blocks)} blocks",
-        m=args.tokens + TEXT, stored_bytes=sum(file.stat().st_size for file in args.folder.glob("*.safetensors")),
+        m=args.tokens + TEXT, stored_bytes=sum(file.stat().st_size for file in weight_files(args.folder)),
         peak_bytes=after["VmHWM"], version=installed("diffusers"))
-    row.fill_times(times, None)
+    row.fill_times(times or [seconds], None)
     if args.out:
         with RowFile(args.out) as file:
             file.write(row)
@@ -216,6 +219,10 @@ def step_inputs(model: FluxTransformer2DModel, tokens: int, text: int = TEXT) ->
             "guidance": torch.tensor([3.5], dtype=BF16)}
 
 
+def weight_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
 def gigabytes(memory: dict[str, int]) -> str:
     return (f"{memory['VmRSS'] / 1e9:.2f} GB resident: {memory['RssAnon'] / 1e9:.2f} its own, "
             f"{memory['RssFile'] / 1e9:.2f} of mapped files")
@@ -225,7 +232,7 @@ def gigabytes(memory: dict[str, int]) -> str:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("build", "step"))
-    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint; delete it afterwards")
+    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint, or a file; delete it afterwards")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--double", type=int, default=19, help="build: double blocks")
     parser.add_argument("--single", type=int, default=38, help="build: single blocks")
@@ -234,7 +241,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="build: 1 double and 2 single blocks; step: 64 tokens")
     parser.add_argument("--mode", choices=("auto", "a4", "a8", "a16"), default="auto", help="step")
     parser.add_argument("--tokens", type=int, default=1024, help="step: of the image; 1024 are 512×512")
-    parser.add_argument("--steps", type=int, default=2, help="step: how many; the first one reads the file")
+    parser.add_argument("--steps", type=int, default=2, help="step: how many, 0: load only")
     parser.add_argument("--out", type=Path, help="step: CSV that the row is added to")
     args = parser.parse_args(argv)
     if args.quick:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .division import undivided
 from .errors import NunchakuError
 from .linear import QuantizedSite
 from .module_tools import filled
@@ -38,4 +39,4 @@ class QuantConv1x1(QuantizedSite, nn.Conv2d):
         bias = self.effective_bias()
         out = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=bias is not None,
                         device=self.codes.device, dtype=self.compute_dtype)
-        return filled(out, self.effective_weight()[:, :, None, None], bias)
+        return filled(out, self.effective_weight()[:, :, None, None], undivided(bias, self))

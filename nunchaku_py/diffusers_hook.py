@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from .checkpoint.manifest import QUANT_METHOD, manifest_of
-from .checkpoint.validate import check_keys, check_loaded, check_state, split_parameter
+from .checkpoint.validate import check_keys, check_loaded, check_safetensors, check_state, split_parameter
 from .configuration import ConfigFields
 from .errors import NunchakuError
 from .linear import QuantizedSite
@@ -47,6 +47,7 @@ class SVDQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._keys, self._source = list(loaded_keys), str(checkpoint_files[0])
+        check_safetensors(checkpoint_files if self.quantization_config.is_stored else ())
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, state_dict: Any = None, **kwargs: Any) -> None:
@@ -126,3 +127,5 @@ def detach(model: nn.Module) -> None:
 
 auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SVDQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SVDQuantConfig
+
+from . import lite_hook  # noqa: E402, F401  (last: it builds on what is above, and enters itself as well)

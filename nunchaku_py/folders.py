@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; anything else is refused in a sentence."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NunchakuError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise NunchakuError(f"{path}: expected a JSON object, got {type(data).__name__}")

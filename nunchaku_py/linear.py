@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from . import ops
 from .backends import cpu, cuda, triton
+from .division import undivided
 from .errors import NunchakuError
 from .gradient import StraightThrough, wants_gradient
 from .input_key import InputKey, digest_of, input_key
 from .lora.branch import Adapter, Columns, InputGroup, Room, own_columns
-from .module_tools import dtype_name, filled, is_offloaded, move_only
+from .module_tools import data_of, dtype_name, filled, is_offloaded, move_only
 from .precision import as_autocast, without_autocast
 from .site import (
     MODES,
@@ -89,7 +90,7 @@ class QuantizedSite(nn.Module):
     def qtensor(self) -> QTensor:
         get = self._parameters.get
         return QTensor(self.codes.data, self.scales.data, self.site.weight_format, self.rows_in,
-                       _data(get("zeros")), _data(get("channel_scale")))
+                       data_of(get("zeros")), data_of(get("channel_scale")))
 
     def nbytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.parameters())
@@ -338,14 +339,15 @@ class QuantizedSite(nn.Module):
         return nan
 
     def effective_weight(self) -> Tensor:
-        """(N,K) fp32: the 16-bit weight this site stands for, adapters included."""
-        return self.weight_with(self.folded())
+        """(N,K) fp32: the weight of the 16-bit model that this site stands for, adapters included."""
+        return undivided(self.weight_with(self.folded()), self)
 
     def folded(self) -> tuple[Tensor, Tensor, Columns] | None:
         """What set_branch was given, where it stands for more than the stored branch."""
         return None if self.adapter_down is None else (self.adapter_down, self.adapter_up, self.adapter_columns)
 
     def weight_with(self, folded: tuple[Tensor, Tensor, Columns] | None) -> Tensor:
+        """(N,K) fp32: what its input is multiplied by, as it arrives."""
         weight = self.qtensor().dequantize()
         if self.site.has_smooth:
             weight = weight / self.smooth.data.float()
@@ -357,7 +359,7 @@ class QuantizedSite(nn.Module):
     def effective_bias(self) -> Tensor | None:
         """(N): the bias without the shift correction, or None."""
         if not self.site.shift or self.bias is None:
-            return _data(self.bias)
+            return data_of(self.bias)
         return self.bias.data.float() + self.correction()
 
     def describe(self) -> str:
@@ -393,8 +395,4 @@ class QuantLinear(QuantPart, nn.Linear):
         """A 16-bit nn.Linear with the same weights."""
         bias = self.effective_bias()
         out = nn.Linear(self.in_features, self.out_features, bias is not None, self.codes.device, self.compute_dtype)
-        return filled(out, self.effective_weight(), bias)
-
-
-def _data(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.data
+        return filled(out, self.effective_weight(), undivided(bias, self))

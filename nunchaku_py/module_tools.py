@@ -48,5 +48,9 @@ def move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
 
+def data_of(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.data
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

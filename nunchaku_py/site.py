@@ -20,6 +20,7 @@ from .tensor import QTensor
 
 Kind = Literal["w4a4", "w4a16"]
 Mode = Literal["a4", "a8", "a16"]
+Divided = Literal["", "input", "output"]  # by the smoothing of a later layer: see division.py
 MODES: tuple[Mode, ...] = ("a4", "a8", "a16")
 WEIGHTS = ("int8", "int4")  # how mode a8 may hold them on a GPU
 # Of an a8 site's weights: INT8 beside the codes; the codes and the scales that rows fold to; the codes alone. Of an a4
@@ -54,6 +55,7 @@ class Site:
     rank: int = 0
     shift: float = 0.0
     unsigned_act: bool = False
+    divided: Divided = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ("w4a4", "w4a16"):
@@ -68,6 +70,10 @@ class Site:
                                 f"got {self.shift!r} and {self.unsigned_act!r}")
         if (self.shift or self.unsigned_act) and (self.kind, self.format) != ("w4a4", "int4"):
             raise NunchakuError(f"site: only w4a4 int4 sites are shifted or unsigned, not {self.kind} {self.format}")
+        if self.divided not in ("", "input", "output"):
+            raise NunchakuError(f"site: divided is '', 'input' or 'output', not {self.divided!r}")
+        if self.divided and self.kind != "w4a4":
+            raise NunchakuError(f"site: only w4a4 sites are divided, not {self.kind}")
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Site:
@@ -81,7 +87,7 @@ class Site:
 
     def to_json(self) -> dict[str, Any]:
         """Only what differs from the defaults, so that files stay readable."""
-        defaults = {"shift": 0.0, "unsigned_act": False}
+        defaults = {"shift": 0.0, "unsigned_act": False, "divided": ""}
         return {key: value for key, value in asdict(self).items() if key not in defaults or value != defaults[key]}
 
     @property
@@ -106,6 +112,8 @@ class Site:
             out["smooth"] = ((k,), dtype)
         if self.rank:
             out["down"], out["up"] = ((self.rank, k), dtype), ((n, self.rank), dtype)
+        if self.divided:
+            out["divisor"] = ((k,) if self.divided == "input" else (n,), dtype)
         if bias:  # a shifted site's holds a correction that modes without a shift take off again: fp32
             out["bias"] = ((n,), torch.float32 if self.shift else dtype)
         return out
@@ -140,11 +148,12 @@ class SiteTensors:
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    divisor: torch.Tensor | None = None
 
     def named(self) -> dict[str, torch.Tensor]:
         found = {"codes": self.weight.codes, "scales": self.weight.scales, "zeros": self.weight.zeros,
                  "channel_scale": self.weight.channel_scale, "smooth": self.smooth,
-                 "down": self.down, "up": self.up, "bias": self.bias}
+                 "down": self.down, "up": self.up, "bias": self.bias, "divisor": self.divisor}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -25,6 +25,8 @@ class SplitLinear(nn.Linear):
         nn.Module.__init__(self)
         self.ranges = tuple((int(k0), int(k1)) for k0, k1 in ranges)
         _check_ranges(self.ranges)
+        if any(site.divided == "output" for site in sites):
+            raise NunchakuError("parts: each of them gives all outputs, so that only its input may be divided")
         self.in_features, self.out_features = self.ranges[-1][1], out_features
         self.parts = nn.ModuleList(QuantPart(site, k1 - k0, out_features, False, dtype)
                                    for site, (k0, k1) in zip(sites, self.ranges, strict=True))

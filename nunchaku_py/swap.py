@@ -179,7 +179,7 @@ def refuse_fusing(*args: object, **kwargs: object) -> None:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """A copy of the model with 16-bit linears of the same weights."""
+    """A copy of the model with 16-bit linears of the same weights, or of those that divided ones had before."""
     import copy
 
     from .quantize import unattach

@@ -22,12 +22,22 @@ def test_import_is_silent_and_loads_no_torch() -> None:
     "import nunchaku_py; import diffusers.quantizers.auto as a",
     "import diffusers.quantizers.auto as a; import nunchaku_py",
     "import nunchaku_py; nunchaku_py.SVDQuantConfig; import diffusers.quantizers.auto as a",
+    "import nunchaku_py.lite_hook; import diffusers.quantizers.auto as a",
     "import nunchaku_py; import transformers.quantizers.auto as a",
     "import nunchaku_py.transformers_hook; import transformers.quantizers.auto as a",
 ])
 def test_registered_whatever_comes_first(first: str) -> None:
     tables = "a.AUTO_QUANTIZER_MAPPING, a.AUTO_QUANTIZATION_CONFIG_MAPPING"
     assert run(f"{first}; print(all('nunchaku_py' in table for table in ({tables})))") == "True"
+
+
+@pytest.mark.parametrize("first", [
+    "import nunchaku_py; import diffusers", "import diffusers.quantizers.auto; import nunchaku_py",
+    "import nunchaku_py.lite_hook", "import nunchaku_py.diffusers_hook", "import nunchaku_py.checkpoint.own; "
+    "import nunchaku_py.lite_choice; import diffusers"])
+def test_nunchaku_lite_is_chosen_by_us_whatever_comes_first(first: str) -> None:
+    code = "import diffusers.quantizers.auto as a; print(a.AUTO_QUANTIZER_MAPPING['nunchaku_lite'].func.__module__)"
+    assert run(f"{first}; {code}") == "nunchaku_py.lite_hook"
 
 
 def test_the_function_quantize_survives_import_of_its_submodule() -> None:

@@ -15,6 +15,7 @@ from nunchaku_py.demo.checker import ATTRIBUTES, CELL, GRID, GROUNDS, Checker, S
 from nunchaku_py.demo.render import render
 from nunchaku_py.demo.scenes import Scene, anything, describe
 
+from . import together
 from .data import pictures, random_rows
 from .loop import Plan, Run, averaged, low_precision, parser, prepared
 
@@ -103,4 +104,4 @@ class Targets:
 
 
 if __name__ == "__main__":
-    main()
+    together.run(main)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import together
 from .data import random_rows, seen
 from .latents import encoded
 from .loop import Plan, Run, low_precision, parser, prepared
@@ -41,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together.run(main)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import text
+from . import text, together
 from .latents import Examples, examples
 from .layout import Question
 from .loop import Plan, Run, low_precision, parser, prepared
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together.run(main)

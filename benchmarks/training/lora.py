@@ -20,7 +20,7 @@ from nunchaku_py.demo.render import render, render_neon
 from nunchaku_py.demo.scenes import NEW_SHAPES, SHAPES, Scene, draw
 
 from . import captions as texts
-from . import flux, layout, sdxl
+from . import flux, layout, sdxl, together
 from .latents import Examples
 from .loop import DEVICE, Plan, Run, averaged, parser, prepared
 
@@ -140,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together.run(main)

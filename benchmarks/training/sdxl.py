@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nunchaku_py.demo.scenes import SIDE
 
-from . import text
+from . import text, together
 from .latents import Examples, examples
 from .layout import Question
 from .loop import DEVICE, Plan, Run, low_precision, parser, prepared
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together.run(main)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from nunchaku_py.demo.scenes import COLOURS, NEW_SHAPES, SHAPES, phrases, read
 
 from . import captions as texts
+from . import together
 from .data import random_rows, scenes
 from .loop import Plan, Run, averaged, low_precision, parser, prepared
 from .text_models import CLIP_WIDTH, T5_WIDTH, WIDE_CLIP_WIDTH, clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
@@ -146,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together.run(main)

@@ -6,8 +6,8 @@ Two processes of one thread are nearly twice as fast as one of two threads: thes
 """
 from __future__ import annotations
 
-import atexit
 import os
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,11 +15,28 @@ from torch import Tensor, distributed
 
 
 def join() -> None:
-    """Where torchrun started this process, meet the others; and part from them before it ends."""
+    """Where torchrun started this process, meet the others."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not distributed.is_initialized():
         distributed.init_process_group("gloo")
-        # Else the interpreter ends under gloo's threads, which now and then (2 of 40 runs) calls std::terminate.
-        atexit.register(distributed.destroy_process_group)
+
+
+def run(main: Callable[[], None]) -> None:
+    """main(), as a process that may be one of several: those end without tearing the interpreter down.
+
+    PyTorch keeps gloo's threads beyond destroy_process_group, and one that hears the other process close its
+    connection just then calls std::terminate: of processes that end together, one in twenty."""
+    code: int | str | None = None
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if not distributed.is_initialized():
+        sys.exit(code)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def part() -> int:

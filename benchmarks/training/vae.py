@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import together
 from .data import random_rows, seen
 from .loop import Plan, Run, averaged, low_precision, parser, prepared
 
@@ -94,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    together.run(main)

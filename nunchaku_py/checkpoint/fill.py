@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import NunchakuError
-from ..linear import QuantizedSite
+from ..linear import COMPUTE_DTYPES, QuantizedSite
 from ..module_tools import dtype_name
 from ..split_linear import SplitLinear
 from .build import one_line
@@ -31,6 +31,13 @@ def put(model: nn.Module, key: str, tensor: torch.Tensor, dtype: torch.dtype | N
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """What quantized linears compute in, where another type is asked for than they are stored in."""
+    for module in model.modules():
+        if isinstance(module, QuantizedSite) and dtype in COMPUTE_DTYPES:
+            module.compute_dtype = dtype
 
 
 def attach_stored(model: nn.Module, quantization: dict[str, Any], source: str) -> None:

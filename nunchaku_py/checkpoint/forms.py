@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import NunchakuError
 from ..swap import quantized_models
+from .lite_write import write_lite
 from .notes import Notes
 from .nunchaku.write import write
 from .own import check_state, save, write_then_rename
@@ -31,8 +32,4 @@ def export(model: nn.Module, path: str | os.PathLike[str], form: str = "nunchaku
     if (path.suffix.lower() == ".safetensors") != (form == "nunchaku"):
         what = "one file, ending in .safetensors" if form == "nunchaku" else "a folder"
         raise NunchakuError(f"{path}: {form} is {what}")
-    if form == "nunchaku":
-        return write_then_rename(path, lambda to: write(model, to))
-    from .lite import write_lite
-
-    return write_then_rename(path, lambda to: write_lite(model, to))
+    return write_then_rename(path, lambda to: (write if form == "nunchaku" else write_lite)(model, to))

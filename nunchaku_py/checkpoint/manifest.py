@@ -1,6 +1,7 @@
 """What `quantization_config` says: one entry per quantized module, by name or by glob."""
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import NunchakuError
+from ..models.discover import is_linear
 from ..site import Site
 from ..swap import Entry, empty_module, entry_of, quantized_modules, replace_module
+from .build import one_line
+from .headers import shown
 
 QUANT_METHOD = "nunchaku_py"
 FORMAT_VERSION = 1
@@ -36,20 +40,21 @@ class Manifest:
     def from_json(data: dict[str, Any], source: str = "quantization_config") -> Manifest:
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise NunchakuError(f"{source}: format_version is {version!r}, this release reads {FORMAT_VERSION}")
+            raise NunchakuError(f"{source}: format_version is {reprlib.repr(version)}, "
+                                f"this release reads {FORMAT_VERSION}")
         dtype = data.get("compute_dtype", "bfloat16")
-        if dtype not in _DTYPES:
-            raise NunchakuError(f"{source}: compute_dtype is {dtype!r}, expected one of {sorted(_DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise NunchakuError(f"{source}: compute_dtype is {reprlib.repr(dtype)}, expected one of {sorted(_DTYPES)}")
         sites = data.get("sites")
         if not isinstance(sites, dict) or not sites:
             raise NunchakuError(f"{source}: 'sites' must be a non-empty table of module names")
         try:
             entries = {name: entry_from_json(entry) for name, entry in sites.items()}
         except (NunchakuError, TypeError, KeyError, AttributeError) as error:
-            raise NunchakuError(f"{source}: bad site entry: {error}") from error
+            raise NunchakuError(f"{source}: bad site entry: {one_line(error)}") from error
         groups = data.get("groups") or []
         if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
-            raise NunchakuError(f"{source}: 'groups' must be a list of lists of names, got {groups!r}")
+            raise NunchakuError(f"{source}: 'groups' must be a list of lists of names, got {reprlib.repr(groups)}")
         return Manifest(dtype, entries, [list(group) for group in groups], data.get("recipe") or "",
                         data.get("report") or {})
 
@@ -60,12 +65,12 @@ class Manifest:
 
     def resolve(self, model: nn.Module, source: str) -> dict[str, Entry]:
         """Exact names first, then globs in order, over the model's linears; one that matches nothing is an error."""
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
         resolved: dict[str, Entry] = {}
         for pattern in sorted(self.sites, key=lambda text: "*" in text or "?" in text):
             matched = [name for name in linears if name == pattern or fnmatchcase(name, pattern)]
             if not matched:
-                raise NunchakuError(f"{source}: site {pattern!r} matches no linear of {type(model).__name__}")
+                raise NunchakuError(f"{source}: site {shown(pattern)!r} matches no linear of {type(model).__name__}")
             for name in matched:
                 resolved.setdefault(name, self.sites[pattern])
         return {name: resolved[name] for name in linears if name in resolved}
@@ -81,8 +86,8 @@ class Manifest:
                 raise NunchakuError(f"{source}: {name}.bias is missing")
             try:
                 replace_module(model, name, empty_module(old, entry, bias, self.dtype))
-            except NunchakuError as error:
-                raise NunchakuError(f"{source}: {name}: {error}") from error
+            except (ValueError, TypeError, RuntimeError) as error:  # torch refuses sizes that are none
+                raise NunchakuError(f"{source}: {name}: {one_line(error)}") from error
 
 
 def manifest_of(model: nn.Module, recipe: str = "", groups: Iterable[Iterable[str]] = (),
@@ -104,7 +109,7 @@ def is_shifted(entry: Entry) -> bool:
 
 def entry_from_json(entry: dict[str, Any]) -> Entry:
     if not isinstance(entry, dict):
-        raise NunchakuError(f"expected a table of fields, got {entry!r}")
+        raise NunchakuError(f"expected a table of fields, got {reprlib.repr(entry)}")
     if "parts" not in entry:
         return Site.from_json(entry)
     if set(entry) != {"parts"}:
@@ -116,7 +121,7 @@ def entry_from_json(entry: dict[str, Any]) -> Entry:
 def _k_range(part: dict[str, Any]) -> tuple[int, int]:
     found = part.get("k_range")
     if not isinstance(found, list | tuple) or len(found) != 2 or any(type(k) is not int for k in found):
-        raise NunchakuError(f"k_range: expected two integers, got {found!r}")
+        raise NunchakuError(f"k_range: expected two integers, got {reprlib.repr(found)}")
     return found[0], found[1]
 
 

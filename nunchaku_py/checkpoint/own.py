@@ -18,10 +18,12 @@ from torch import nn
 from ..errors import NunchakuError
 from ..folders import read_json
 from ..linear import QuantizedSite
+from ..lite_choice import always_ours
 from ..swap import quantized_models
 from .build import empty_model, model_class, one_line
-from .fill import attach_stored, put
+from .fill import attach_stored, put, set_compute_dtype
 from .headers import read_header, shown
+from .lite_config import QUANT_METHOD as LITE
 from .manifest import QUANT_METHOD, Manifest
 from .nunchaku.read import is_nunchaku, read_nunchaku
 from .tensor_file import TensorFile, layout_of, write_tensors
@@ -64,29 +66,40 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
 # ------------------------------------------------------------------------------------------------------------- reading
 def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     config = read_json(path / "config.json")
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    quantization = _quantization_in(config)
+    if quantization.get("quant_method") not in (QUANT_METHOD, LITE):
         raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
                             f"(quant_method is {quantization.get('quant_method')!r})")
-    return in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
+    if not any(path.glob("*.safetensors")):
+        raise NunchakuError(f"{path}: holds no safetensors files, and nothing else is read")
+    with always_ours():
+        return in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
 
 
 def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
+    with always_ours():
+        pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             in_mode(component, mode)
     return pipe
 
 
+def _quantization_in(config: dict[str, Any]) -> dict[str, Any]:
+    """Empty where there is none, or what is no table."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
 def _dtype_of_pipeline(path: Path) -> torch.dtype | None:
     """What the quantized model of a pipeline was in; diffusers would load the other models in fp32."""
     for file in sorted(path.glob("*/config.json")):
-        quantization = read_json(file).get("quantization_config") or {}
-        found = getattr(torch, str(quantization.get("model_dtype")), None)
-        if quantization.get("quant_method") == QUANT_METHOD and isinstance(found, torch.dtype):
+        quantization = _quantization_in(read_json(file))
+        field = {QUANT_METHOD: "model_dtype", LITE: "compute_dtype"}.get(str(quantization.get("quant_method")))
+        found = getattr(torch, str(quantization.get(field)), None)
+        if isinstance(found, torch.dtype):
             return found
     return None
 
@@ -131,6 +144,7 @@ def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
                 put(model, name, file.read(name), dtype, str(path))
     for second, first in shared.items():
         _share(model, first, second, str(path))
+    set_compute_dtype(model, dtype)
     check_loaded(model, str(path), mode)
     attach_stored(model, config["quantization_config"], str(path))
     return model.eval()
@@ -186,6 +200,8 @@ def _write_folder(model: Any, path: Path) -> None:
 def _write_single(model: nn.Module, path: Path) -> None:
     config = json.loads(model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string())
     config.pop("_name_or_path", None)
+    if "_class_name" not in config and not config.get("architectures"):  # transformers sets it when it saves a model
+        config["architectures"] = [type(model).__name__]
     metadata = {"format": "pt", "config": json.dumps(config, sort_keys=True)}
     tensors, shared = _without_shared(model.state_dict())
     if shared:

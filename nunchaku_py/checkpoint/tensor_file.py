@@ -80,7 +80,7 @@ class TensorFile:
         if entry.dtype not in DTYPES:
             raise NunchakuError(f"{label}: dtype {shown(entry.dtype)} is not one that this release reads")
         try:
-            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")  # whatever torch's default is
         except RuntimeError as error:
             raise NunchakuError(f"{label}: there is no memory for its {entry.nbytes} bytes") from error
         try:
@@ -159,5 +159,5 @@ def _header_text(path: Path, layout: Layout, metadata: Mapping[str, str]) -> tup
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """Of a fresh tensor its own memory, of others what they would be on the CPU in a row."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(bytearray())

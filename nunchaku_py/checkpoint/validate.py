@@ -10,10 +10,11 @@ from torch import nn
 
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
+from ..split_linear import SplitLinear
 from ..swap import prepare, quantized_sites
-from .headers import read_header
+from .headers import read_header, shown
 
-_MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
+_MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias", "divisor")
 _SHOWN = 3
 _ALIGNMENT = 64  # bytes; what torch allocates on a CPU
 
@@ -48,6 +49,8 @@ def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedSite):
             check_finite(module, f"{source}: {name}")
+        elif isinstance(module, SplitLinear) and module.bias is not None:
+            _check_finite(module.bias, f"{source}: {name}.bias")
     for site in quantized_sites(model):
         site.set_mode(mode, now=site.codes.is_cuda or not torch.cuda.is_available())
     prepare(model)
@@ -78,11 +81,23 @@ def _align(model: nn.Module) -> None:
 
 def check_finite(site: QuantizedSite, label: str) -> None:
     for leaf in _MUST_BE_FINITE:
-        tensor = site._parameters.get(leaf)
-        if tensor is not None and not torch.isfinite(tensor.float()).all():
-            raise NunchakuError(f"{label}.{leaf}: holds NaN or infinite values")
+        _check_finite(site._parameters.get(leaf), f"{label}.{leaf}")
     if site.site.has_smooth and not (site.smooth > 0).all():
         raise NunchakuError(f"{label}.smooth: must be positive")
+    if site.site.divided and not site.divisor.all():
+        raise NunchakuError(f"{label}.divisor: must not be zero")
+
+
+def _check_finite(tensor: torch.Tensor | None, label: str) -> None:
+    if tensor is not None and not torch.isfinite(tensor.float()).all():
+        raise NunchakuError(f"{label}: holds NaN or infinite values")
+
+
+def check_safetensors(files: Iterable[str | Path]) -> None:
+    """A quantized model is never unpickled."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise NunchakuError(f"{file}: is no safetensors file, and quantized models are read from nothing else")
 
 
 def stored_keys(path: str | Path) -> list[str]:
@@ -91,4 +106,4 @@ def stored_keys(path: str | Path) -> list[str]:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    return ", ".join(map(shown, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")

@@ -19,6 +19,7 @@ SWITCHES = {
     "NUNCHAKU_PY_BACKEND": "run: the only backend to use (cuda, triton, cpu, torch)",
     "NUNCHAKU_PY_CPU_ISA": "run: instruction set of the CPU kernels (amx, avx512_bf16, avx512, avx_vnni, avx2, …)",
     "NUNCHAKU_PY_FUSION": "run: 0 lets the linears of a model run one by one",
+    "NUNCHAKU_PY_LITE": "run: auto, always or never our kernels for diffusers' nunchaku_lite folders",
     "NUNCHAKU_PY_TUNING": "run: 0 ignores what `nunchaku-py tune` has measured",
     "NUNCHAKU_PY_CACHE": "run: the folder that it is kept in (default: nunchaku_py in the user's cache folder)",
     "NUNCHAKU_PY_CUDA": "build: auto, 0 (CPU part only) or 1 (CUDA part or an error)",

@@ -10,7 +10,7 @@ from ..checkpoint.headers import Header, TensorHeader, read_header
 from ..errors import NunchakuError
 
 OURS = "nunchaku_py"
-LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias")
+LEAVES = ("codes", "scales", "zeros", "channel_scale", "smooth", "down", "up", "bias", "divisor")
 
 
 class StoredSite(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..division import as_given, as_read
 from .compress import shrink
 
 Columns = tuple[tuple[int, int], ...]  # [start, stop) in h
@@ -35,14 +36,21 @@ class Adapter(NamedTuple):
     scale: float
     first: int = 0
     last: int | None = None
+    original: bool = True  # of the model as it was trained, which a divided site differs from
 
-    def rows(self) -> Tensor:
-        """(r,K) of down'."""
-        return self.down.weight.detach().flatten(1)[:, self.first:self.last]
+    def rows(self, site: Any) -> Tensor:
+        """(r,K) of the site's down'."""
+        rows = self.down.weight.detach().flatten(1)[:, self.first:self.last]
+        return as_read(rows, site) if self.original else rows
 
-    def columns(self) -> Tensor:
-        """(N,r) of up' at scale 1."""
-        return self.up.weight.detach().flatten(1)
+    def columns(self, site: Any) -> Tensor:
+        """(N,r) of the site's up' at scale 1."""
+        columns = self.up.weight.detach().flatten(1)
+        return as_given(columns, site) if self.original else columns
+
+    @property
+    def rank(self) -> int:
+        return self.down.weight.shape[0]
 
 
 class Room(NamedTuple):
@@ -208,14 +216,14 @@ def compressed(site: Any) -> tuple[tuple[Adapter, ...], float]:
     """The site's adapters, as one of fewer ranks where the room is for fewer; and what share of their product is
     lost."""
     room, adapters = site.adapter_room, site.adapters
-    if room.most is None or sum(adapter.rows().shape[0] for adapter in adapters) <= room.most:
+    if room.most is None or sum(adapter.rank for adapter in adapters) <= room.most:
         return adapters, 0.0
-    up = torch.cat([adapter.scale * adapter.columns().float() for adapter in adapters], 1)
-    down = torch.cat([adapter.rows().float() for adapter in adapters])
+    up = torch.cat([adapter.scale * adapter.columns(site).float() for adapter in adapters], 1)
+    down = torch.cat([adapter.rows(site).float() for adapter in adapters])
     up, down, lost = shrink(up, down, room.most, room.tolerance)
     if lost > room.tolerance:
         return adapters, 0.0
-    return (Adapter(_Factor(down), _Factor(up), 1.0),), lost
+    return (Adapter(_Factor(down), _Factor(up), 1.0, original=False),), lost
 
 
 def _place(site: Any, adapters: Sequence[Adapter], places: _Places, padded: bool) -> Columns:
@@ -224,7 +232,7 @@ def _place(site: Any, adapters: Sequence[Adapter], places: _Places, padded: bool
     own = 0
     again = not (padded and site.adapter_room.reserved)
     for adapter in adapters:
-        rows = adapter.rows().to(places.rows[0])
+        rows = adapter.rows(site).to(places.rows[0])
         found.append(places.put(rows, again))
         own += rows.shape[0]
     if padding := _padding(site, own) if padded else 0:
@@ -282,7 +290,7 @@ def _write_strengths(site: Any, adapters: Sequence[Adapter], up: Tensor) -> int:
     """scale·B of every adapter, rounded once; gives where they end."""
     start = site.site.rank
     for adapter in adapters:
-        own = adapter.columns()
+        own = adapter.columns(site)
         stop = start + own.shape[1]
         torch.mul(own, adapter.scale, out=up[:, start:stop])
         start = stop

@@ -19,6 +19,7 @@ from ..errors import NunchakuError
 from ..fusion import is_hooked
 from ..linear import QuantizedSite, QuantLinear
 from ..split_linear import SplitLinear
+from .beside import run_beside
 from .branch import Adapter, fold, looks_later, rescale
 from .dora import QuantDora
 from .keep import keep
@@ -41,12 +42,13 @@ class _Folding:
     _pinned: dict[str, float]
 
     # ---------------------------------------------------------------------------------------------- what PEFT calls
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         way = getattr(kwargs.get("config"), "init_lora_weights", None)
         if isinstance(way, str) and way.lower().startswith(_READS_WEIGHTS):
             raise NunchakuError(f"init_lora_weights={way!r} changes the weight of the layer, which is quantized; use "
                                 "True or 'gaussian'")
-        super().update_layer(*args, **kwargs)
+        super().update_layer(adapter_name, *args, **kwargs)
+        self._divide()
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_loaded)
 
@@ -115,9 +117,15 @@ class _Folding:
         if torch.compiler.is_compiling() or self.is_off or self.base_layer is not self.get_base_layer():
             return
         if anew:
+            self._divide()
             self.forget()
         if not looks_later(self):
             self.look()
+
+    def _divide(self) -> None:
+        """Of modules that PEFT has made, also anew where it pads them for hot swaps."""
+        for name, down in self.lora_A.items():
+            run_beside(self.base_layer, down, self.lora_B[name])
 
     def look(self) -> None:
         if self.is_off:

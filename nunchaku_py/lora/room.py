@@ -68,7 +68,7 @@ def compress_lora(target: object, rank: int | None, tolerance: float = 0.01) -> 
             if site.adapters:
                 with present([site]):
                     left, lost = compressed(site)
-                sites.append(sum(adapter.rows().shape[0] for adapter in site.adapters))
-                after += sum(adapter.rows().shape[0] for adapter in left)
+                sites.append(sum(adapter.rank for adapter in site.adapters))
+                after += sum(adapter.rank for adapter in left)
                 worst, count = max(worst, lost), count + (left is not site.adapters)
     return Compression(len(sites), count, sum(sites), after, worst)

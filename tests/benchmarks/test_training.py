@@ -214,15 +214,17 @@ def test_processes_that_train_together_take_one_step(out: Path):
         import sys, torch
         from pathlib import Path
         from benchmarks.training import loop, together
-        loop.OUT = Path(sys.argv[1])
-        together.join()
-        torch.manual_seed(0)
-        module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
-        def loss(step, generator):
-            x = torch.randn(4, 64, generator=generator)
-            return (module(x) - x).square().mean(), {}
-        loop.Run("both", module, loop.Plan(5, 4, 1e-2)).train(loss)
-        torch.save(module.state_dict(), f"{sys.argv[1]}/{together.part()}.pt")
+        def main():
+            loop.OUT = Path(sys.argv[1])
+            together.join()
+            torch.manual_seed(0)
+            module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+            def loss(step, generator):
+                x = torch.randn(4, 64, generator=generator)
+                return (module(x) - x).square().mean(), {}
+            loop.Run("both", module, loop.Plan(5, 4, 1e-2)).train(loss)
+            torch.save(module.state_dict(), f"{sys.argv[1]}/{together.part()}.pt")
+        together.run(main)
     """)
     (out / "both.py").write_text(script)
     root = Path(__file__).parents[2]
@@ -234,6 +236,22 @@ def test_processes_that_train_together_take_one_step(out: Path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = _in_one_process()
     assert all(torch.allclose(first[name], alone[name], atol=2e-5) for name in first)
+
+
+@pytest.mark.parametrize("end, code", [("", 0), ("sys.exit('stopped')", 1), ("sys.exit(3)", 3), ("1 / 0", 1)])
+def test_how_a_program_ends(end: str, code: int):
+    """Also one of several processes, of which here is one."""
+    script = f"""import sys; from benchmarks.training import together
+def main():
+    together.join()
+    {end or 'pass'}
+together.run(main)"""
+    root = Path(__file__).parents[2]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "x"}
+    for more in ({}, alone):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=root,
+                              env={**os.environ, **more, "PYTHONPATH": str(root)})
+        assert done.returncode == code and ("stopped" in done.stderr) == ("stopped" in end), done.stderr
 
 
 def _in_one_process() -> dict[str, Tensor]:

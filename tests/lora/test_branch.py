@@ -40,7 +40,7 @@ def added(x: Tensor, *adapters: Adapter) -> tuple[Tensor, Tensor]:
     """(what they add, the same with every term positive), in fp64."""
     total, terms = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for one in adapters:
-        down, up = one.rows().double(), one.columns().double()
+        down, up = one.down.weight.double(), one.up.weight.double()
         total = total + one.scale * (x.double() @ down.T) @ up.T
         terms = terms + abs(one.scale) * (x.double().abs() @ down.abs().T) @ up.abs().T
     return total, terms

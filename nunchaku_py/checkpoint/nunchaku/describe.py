@@ -24,7 +24,7 @@ def metadata_of(writer: Writer) -> dict[str, str]:
               OWN: json.dumps({"sites": manifest_of(model).to_json()["sites"], "biases": writer.exact_biases()},
                               sort_keys=True)}
     quantization = quantization_config(writer)
-    if json.loads(found.get("quantization_config", "{}")) != quantization:
+    if _parsed(found.get("quantization_config")) != quantization:
         found["quantization_config"] = json.dumps(quantization)
     if writer.family is FLUX and "comfy_config" not in found:
         found["comfy_config"] = json.dumps(comfy_config(config))
@@ -43,7 +43,15 @@ def _kept(model: nn.Module) -> dict[str, str]:
     report = getattr(config, "report", None) or (config.get("report") if isinstance(config, dict) else None) or {}
     source = report.get("source") if isinstance(report, dict) else None
     kept = source.get("metadata") if isinstance(source, dict) and source.get("format") == "nunchaku" else None
-    return kept if isinstance(kept, dict) else {}
+    return {key: value for key, value in kept.items() if isinstance(value, str)} if isinstance(kept, dict) else {}
+
+
+def _parsed(text: str | None) -> Any:
+    """None of what is not JSON."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def quantization_config(writer: Writer) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class Family:
     short_names: bool  # lora_down, smooth, …; else proj_down, smooth_factor, …
     blocks: tuple[Block, ...]
     may_be_dense: str = ""  # names of linears that may be in 16 bit, a regular expression
-    zero_biases: bool = True  # a linear without a bias has one of zeros; else none, and readers refuse such a tensor
+    every_bias: bool = False  # a bias of zeros where there is none; others load strictly what diffusers' class has
+    by_channel: bool = False  # loads no wtscale, and misses a wcscales
 
     def blocks_of(self, model: nn.Module) -> Iterator[tuple[str, Block]]:
         for name, _ in model.named_modules():
@@ -79,7 +80,7 @@ FLUX = Family("FluxTransformer2DModel", "NunchakuFluxTransformer2dModel", True, 
         Stored("out_proj", ("proj_out",), part=0, divides=("attn.to_v",)),
         Stored("mlp_fc2", ("proj_out",), gelu=True, part=1),
     ), dict(list(_NORMS.items())[:2])),
-))
+), every_bias=True)
 
 QWEN_IMAGE = Family("QwenImageTransformer2DModel", "NunchakuQwenImageTransformer2DModel", False, (
     Block(r"transformer_blocks\.\d+", (
@@ -103,7 +104,7 @@ Z_IMAGE = Family("ZImageTransformer2DModel", "NunchakuZImageTransformer2DModel",
         Stored("feed_forward.net.0.proj", ("feed_forward.w3", "feed_forward.w1"), dense_too=True),  # value, gate
         Stored("feed_forward.net.2", ("feed_forward.w2",), dense_too=True),
     )),
-), may_be_dense=r"(noise|context)_refiner\..*", zero_biases=False)
+), may_be_dense=r"(noise|context)_refiner\..*")
 
 SDXL = Family("UNet2DConditionModel", "NunchakuSDXLUNet2DConditionModel", True, (
     Block(r"(.*\.)?attentions\.\d+\.transformer_blocks\.\d+", (
@@ -114,7 +115,7 @@ SDXL = Family("UNet2DConditionModel", "NunchakuSDXLUNet2DConditionModel", True, 
         Stored("ff.net.0.proj", ("ff.net.0.proj",)),
         Stored("ff.net.2", ("ff.net.2",)),
     )),
-), zero_biases=False)
+), by_channel=True)
 
 SANA = Family("SanaTransformer2DModel", "NunchakuSanaTransformer2DModel", True, (
     Block(r"transformer_blocks\.\d+", (
@@ -127,7 +128,7 @@ SANA = Family("SanaTransformer2DModel", "NunchakuSanaTransformer2DModel", True, 
         Stored("ff.point_conv", ("ff.conv_point",)),
     ), {"ff.depth_conv.weight": "ff.conv_depth.weight", "ff.depth_conv.bias": "ff.conv_depth.bias"},
         interleaved=("ff.depth_conv.weight", "ff.depth_conv.bias")),
-))
+), every_bias=True)
 
 T5 = Family("T5EncoderModel", "NunchakuT5EncoderModel", True, ())
 

@@ -17,6 +17,7 @@ from ...errors import NunchakuError
 from ...formats import group_count
 from ...module_tools import dtype_name
 from ...site import Site
+from ..headers import TensorHeader
 from . import packing
 from .layouts import CHANNELS, RANKS, whole
 
@@ -61,7 +62,7 @@ class Linear:
 class Tensors:
     """The tensors of the linear `name`, by leaf, checked as they are read."""
 
-    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, object] | set[str], name: str, source: str
+    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, TensorHeader], name: str, source: str
                  ) -> None:
         self._read, self._names, self.name, self.source = read, names, name, source
         self.used: list[str] = []
@@ -73,6 +74,10 @@ class Tensors:
         key = f"{self.name}.{leaf}"
         other = f"{self.name}.{_IN_LONG.get(leaf, leaf)}"
         return other if other in self._names else key
+
+    def axes(self, leaf: str) -> int | None:
+        header = self._names.get(self._key(leaf))
+        return None if header is None else len(header.shape)
 
     def get(self, leaf: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
         """None in a shape: any size."""
@@ -117,9 +122,7 @@ def read_w4a4(tensors: Tensors, n: int, k: int) -> Linear:
 
 
 def _channel_scale(tensors: Tensors, n: int, rows: int) -> Tensor:
-    whole_tensor = tensors.optional("wtscale", (1,), FLOATS)
-    if whole_tensor is None:
-        whole_tensor = tensors.optional("wtscale", (), FLOATS)
+    whole_tensor = tensors.optional("wtscale", () if tensors.axes("wtscale") == 0 else (1,), FLOATS)
     scale = torch.ones(n) if whole_tensor is None else whole_tensor.float().reshape(1).expand(n)
     channels = tensors.optional("wcscales", (rows,), FLOATS)
     return scale.clone() if channels is None else scale * packing.unpack_vector(channels, n).float()

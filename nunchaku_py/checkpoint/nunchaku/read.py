@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from ...errors import NunchakuError
 from ...folders import read_json
+from ...models.discover import is_linear
 from ...models.flux import split_proj_out
 from ...module_tools import dtype_name
+from ...progress import Progress
 from ...site import Site
 from ...swap import Entry, empty_module, fill_module, module_shape, replace_module
-from ..build import empty_model
-from ..fill import attach_stored, put
-from ..headers import read_header
+from ..build import empty_model, one_line
+from ..fill import attach_stored, put, set_compute_dtype
+from ..headers import read_header, shown
 from ..manifest import entry_from_json, manifest_of
 from ..tensor_file import TensorFile
 from ..validate import check_keys, check_loaded, split_parameter
@@ -68,11 +70,12 @@ def config_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 class Reader:
-    """Fills an empty model from a file; `family` None: every packed linear is called as its module. dtype: what tensors
-    of other modules are cast to."""
+    """Fills an empty model from a file; `family` None: every packed linear is called as its module."""
 
-    def __init__(self, file: TensorFile, model: nn.Module, source: str, dtype: torch.dtype | None = None) -> None:
-        self.file, self.model, self.source, self.dtype = file, model, source, dtype
+    def __init__(self, file: TensorFile, model: nn.Module, source: str, progress: Progress,
+                 dtype: torch.dtype | None = None) -> None:
+        self.file, self.model, self.source, self.progress = file, model, source, progress
+        self.dtype = dtype  # what is not quantized is cast to
         self.family: Family | None = family_of(model)
         self.left = set(file.names())
         self.groups: list[list[str]] = []
@@ -101,7 +104,11 @@ class Reader:
             if f"{prefix}.{old}" in self.left:
                 self._rename(f"{prefix}.{old}", f"{prefix}.{new}", old in block.interleaved)
         for start in (f"{prefix}.{name}" for name in IGNORED):
-            self.left -= {name for name in self.left if name.startswith(start)}
+            ignored = {name for name in self.left if name.startswith(start)}
+            if ignored:
+                log.warning("%s: %s and %d more tensors are left out: a projection that the model has already",
+                            self.source, min(ignored), len(ignored) - 1)
+            self.left -= ignored
 
     def _modules_are_there(self, stored: Stored, prefix: str) -> bool:
         return stored.part is None and all(f"{prefix}{module}.weight" in self.left for module in stored.modules)
@@ -146,8 +153,9 @@ class Reader:
             module = self.model.get_submodule(name)
         except AttributeError:
             module = None
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            raise NunchakuError(f"{self.source}: {name}.qweight: {type(self.model).__name__} has no linear {name}")
+        if not (isinstance(module, nn.Linear) or is_linear(module)):
+            cls = type(self.model).__name__
+            raise NunchakuError(f"{self.source}: {shown(name)}.qweight: {cls} has no linear of this name")
         return module
 
     def _linear(self, stored: Stored, prefix: str) -> None:
@@ -162,6 +170,7 @@ class Reader:
         read = read_w4a4 if kind_of(tensors) == "w4a4" else read_w4a16
         linear = read(tensors, order.total, last - first)
         self.left -= set(tensors.used)
+        self.progress.advance(sum(self.file.tensors[key].nbytes for key in tensors.used))
         self._refuse_others(tensors)
         linears = order.apart(linear)
         for name, module, found in zip(names, modules, linears, strict=True):
@@ -183,7 +192,7 @@ class Reader:
     def _refuse_others(self, tensors: Tensors) -> None:
         other = sorted(name for name in self.left if name.rpartition(".")[0] == tensors.name)
         if other:
-            raise NunchakuError(f"{self.source}: {other[0]} is unexpected: a packed linear has no such tensor")
+            raise NunchakuError(f"{self.source}: {shown(other[0])} is unexpected: a packed linear has no such tensor")
 
     def _columns(self, stored: Stored, prefix: str, module: nn.Module) -> tuple[int, int]:
         if stored.part is None:
@@ -205,6 +214,9 @@ class Reader:
     def _install(self, name: str, module: nn.Module, linears: Sequence[Linear], gelu: Sequence[bool]) -> None:
         sites = [self._site(name, i if len(linears) > 1 else None, *pair)
                  for i, pair in enumerate(zip(linears, gelu, strict=True))]
+        if module.bias is not None and all(linear.bias is None for linear in linears):
+            raise NunchakuError(f"{self.source}: {name}: the file holds no bias for it, and "
+                                f"{type(self.model).__name__} has one")
         bias = _bias_of(linears, module.bias is not None or any(site.shift for site in sites))
         whole = len(linears) == 1
         starts = [sum(linear.k for linear in linears[:i]) for i in range(len(linears) + 1)]
@@ -221,8 +233,9 @@ class Reader:
 
     def _site(self, name: str, part: int | None, linear: Linear, gelu: bool) -> Site:
         own = self._own.get(name)
-        own = own[part][1] if isinstance(own, tuple) and part is not None else own
-        rank = min(own.rank, linear.rank) if isinstance(own, Site) else linear.rank
+        if isinstance(own, tuple):
+            own = own[part][1] if part is not None and part < len(own) else None
+        rank = own.rank if isinstance(own, Site) and _is_padding(linear, own.rank) else linear.rank
         if linear.smooth is None:
             return Site("w4a16", linear.format, linear.group)
         shifted = gelu and linear.format == "int4"
@@ -251,7 +264,7 @@ def _own_entries(metadata: dict[str, str], source: str) -> tuple[dict[str, Entry
         biases = found.get("biases", {})
         return {name: entry_from_json(entry) for name, entry in found["sites"].items()}, {**biases}
     except (NunchakuError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise NunchakuError(f"{source}: its metadata entry {OWN!r} cannot be understood: {error}") from error
+        raise NunchakuError(f"{source}: its metadata entry {OWN!r} cannot be understood: {one_line(error)}") from error
 
 
 def _bias_of(linears: Sequence[Linear], needed: bool) -> Tensor | None:
@@ -262,6 +275,11 @@ def _bias_of(linears: Sequence[Linear], needed: bool) -> Tensor | None:
         zeros = torch.zeros(linears[0].codes.shape[0], dtype=linears[0].scales.dtype) if first is None else first
         return zeros if needed else None
     return found[0] if len(found) == 1 else sum(bias.float() for bias in found)
+
+
+def _is_padding(linear: Linear, rank: int) -> bool:
+    """Whether the ranks from here on are zeros: another tool may have put a LoRA there."""
+    return rank <= linear.rank and (linear.down is None or not (linear.down[rank:].any() or linear.up[:, rank:].any()))
 
 
 def _canonical(linear: Linear, site: Site) -> dict[str, Tensor]:
@@ -284,18 +302,18 @@ def is_nunchaku(path: Path) -> bool:
 def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     """The ordinary class of diffusers or transformers, with quantized linears."""
     source = str(path)
-    with TensorFile(files_of(path)) as file:
+    with TensorFile(files_of(path)) as file, torch.device("cpu"):  # whatever torch's default is
         nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
         model = empty_model(config_of(path, file.metadata), len(file.tensors), nbytes, source)
-        reader = Reader(file, model, source, dtype)
-        reader.linears()
+        with Progress(nbytes, f"reading {path.name}") as progress:
+            reader = Reader(file, model, source, progress, dtype)
+            reader.linears()
         check_keys(model, reader.loaded | reader.left | set(tied(model, reader.left)), source)
         wanted = set(model.state_dict())
         for name in sorted(reader.left & wanted):  # a model may allow tensors that it does not have
             put(model, name, file.read(name), dtype, source)
-        for name, other in tied(model, reader.left).items():
-            module, leaf = split_parameter(model, name)
-            module._parameters[leaf] = model.get_parameter(other)
+        _tie(model, reader.left)
+        set_compute_dtype(model, dtype)
         check_loaded(model, source, mode)
         attach_stored(model, _described(model, reader), source)
     return model.eval()
@@ -303,13 +321,23 @@ def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module
 
 def tied(model: nn.Module, there: set[str]) -> dict[str, str]:
     """Tensors that a file lacks → those of it that they stand for."""
+    both = [(name, other) for pair in _pairs(model) for name, other in (pair, pair[::-1])]
+    return {name: other for name, other in both if name not in there and other in there}
+
+
+def _pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of tensors that are one."""
     pairs = getattr(model, "_tied_weights_keys", None)
-    found = {}
-    for second, first in (pairs.items() if isinstance(pairs, dict) else ()):
-        for name, other in ((second, first), (first, second)):
-            if name not in there and other in there:
-                found[name] = other
-    return found
+    return list(pairs.items()) if isinstance(pairs, dict) else []
+
+
+def _tie(model: nn.Module, there: set[str]) -> None:
+    """Files hold such a tensor once, or twice the same."""
+    twice = {second: first for second, first in _pairs(model) if second in there and first in there
+             and torch.equal(model.get_parameter(second), model.get_parameter(first))}
+    for name, other in {**tied(model, there), **twice}.items():
+        module, leaf = split_parameter(model, name)
+        module._parameters[leaf] = model.get_parameter(other)
 
 
 def _described(model: nn.Module, reader: Reader) -> dict[str, Any]:

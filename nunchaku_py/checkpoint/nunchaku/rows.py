@@ -92,5 +92,5 @@ def together(rows: Tensor, spread: int) -> Tensor:
 def _grown(rows: Tensor, size: int, fill: int) -> Tensor:
     if rows.shape[0] == size:
         return rows
-    missing = torch.full((size - rows.shape[0], *rows.shape[1:]), fill).to(rows.dtype)
+    missing = torch.full((size - rows.shape[0], *rows.shape[1:]), fill, device=rows.device).to(rows.dtype)
     return torch.cat((rows, missing))

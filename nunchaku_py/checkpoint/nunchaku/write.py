@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from ...errors import NunchakuError
 from ...formats import INT4, Format, format_of
 from ...linear import QuantizedSite
+from ...progress import Progress
 from ...site import shift_correction
 from ...split_linear import SplitLinear
 from ...swap import quantized_modules
-from ...tensor import QTensor
 from ..notes import Notes
+from ..rounding import note_bias, note_scales, rounded_again
 from ..tensor_file import write_tensors
 from . import biases
 from .describe import metadata_of
@@ -66,6 +68,7 @@ class Writer:
         self.model, self.family, self.notes = model, family, Notes()
         self.quantized = quantized_modules(model)
         self.items = list(self._items())
+        self._check_all_or_none()
         self.format = self._format()
         sites = [site for site in model.modules() if isinstance(site, QuantizedSite) and site.site.has_smooth]
         self.rank = padded_rank(max((site.site.rank for site in sites), default=0))
@@ -124,6 +127,17 @@ class Writer:
                                 "too, or write nunchaku_lite")
         return all(found)
 
+    def _check_all_or_none(self) -> None:
+        """A file says in one word whether those that may be in 16 bit are."""
+        packed = {item.name for item in self.items}
+        names = [f"{prefix}.{stored.name}" for prefix, block in self.family.blocks_of(self.model)
+                 for stored in block.linears if re.fullmatch(self.family.may_be_dense, f"{prefix}.{stored.name}")]
+        dense = [name for name in names if name not in packed]
+        if dense and len(dense) < len(names):
+            other = next(name for name in names if name in packed)
+            raise NunchakuError(f"{dense[0]}: is in 16 bit and {other} is not: Nunchaku's files hold all linears of "
+                                f"refiners in 4 bits, or none")
+
     def _format(self) -> str:
         """Of the W4A4 linears, which is one for a file."""
         formats = {site.site.format for site in self.model.modules()
@@ -155,14 +169,20 @@ class Writer:
         linears = [self._linear(name, item.stored) for name in item.modules]
         sizes = tuple(linear.codes.shape[0] for linear in linears)
         self._check_alike(item, linears)
+        some = any(linear.bias is not None for linear in linears)
         for name, linear in zip(item.modules, linears, strict=True):
-            linear.bias = self._stored_bias(name, linear.bias, item.stored.spread)
+            missing = some and linear.bias is None
+            bias = linear.codes.new_zeros(linear.codes.shape[0], dtype=self.dtype) if missing else linear.bias
+            linear.bias = self._stored_bias(name, bias, item.stored.spread)
         linear = Arrangement(item.stored, sizes).joined(linears)
         if linear.smooth is None:
-            return packed_w4a16(linear)
+            try:
+                return packed_w4a16(linear)
+            except NunchakuError as error:
+                raise NunchakuError(f"{item.modules[0]}: {error}") from error
         names = SHORT if self.family.short_names else LONG
         found = packed_w4a4(linear, self.rank, names, self.dtype)
-        if linear.bias is None and not self.family.zero_biases:
+        if not self._has_bias(item):
             del found["bias"]
         return {**found, **self._second_scale(item, linear.channel_scale)}
 
@@ -175,13 +195,17 @@ class Writer:
             bias = item.stored.spread > 0 or sites[0].bias is not None
             return shapes_w4a16(self._awq_format().group, n, k, bias, self.dtype)
         found = shapes_w4a4(first, n, k, self.rank, SHORT if self.family.short_names else LONG, self.dtype)
-        if sites[0].bias is None and not self.family.zero_biases:
+        if not self._has_bias(item):
             del found["bias"]
         if first.format == "nvfp4":
             scales = torch.cat([site.channel_scale.data for site in sites])
             leaf = next(iter(self._second_scale(item, scales)))
             found[leaf] = ((1 if leaf == "wtscale" else whole(n, CHANNELS),), self.dtype)
         return found
+
+    def _has_bias(self, item: Item) -> bool:
+        """Of a W4A4 linear: whether the file has one, zeros where there is none here."""
+        return self.family.every_bias or any(self.quantized[name].bias is not None for name in item.modules)
 
     def _site(self, name: str, stored: Stored) -> QuantizedSite:
         """The linear of this name, or the part of it that is meant."""
@@ -206,7 +230,7 @@ class Writer:
         for leaf in ("smooth", "down", "up"):
             tensor = module._parameters.get(leaf)
             setattr(linear, leaf, None if tensor is None else tensor.data)
-        if getattr(site, "divided", "") == "input":
+        if site.divided == "input":
             linear.divisor = module.divisor.data
         if not site.has_smooth:
             return self._for_awq(name, linear)
@@ -234,15 +258,12 @@ class Writer:
     def _for_awq(self, name: str, linear: Linear) -> Linear:
         """In groups that the peer's kernels know; else rounded again."""
         wanted = self._awq_format()
-        if linear.group == wanted.group and linear.format in ("uint4", wanted.name):
-            return linear
         if not awq_fits(linear.codes.shape[0], linear.k, wanted.group):
             raise NunchakuError(f"{name}: a linear of {linear.k} inputs and {linear.codes.shape[0]} outputs cannot be "
                                 "held as Nunchaku's files hold such linears")
-        weight = self.quantized[name].qtensor().dequantize()
-        new = QTensor.quantize(weight, wanted, self.dtype)
-        error = ((new.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)).item()
-        self.notes.add(f"weights of W4A16 linears in {linear.format}, rounded again to {wanted.name} (relative)", error)
+        if linear.group == wanted.group and linear.format in ("uint4", wanted.name):
+            return linear
+        new = rounded_again(self.quantized[name].qtensor(), wanted, self.dtype, self.notes)
         return Linear(wanted.name, wanted.group, linear.k, new.codes, new.scales, new.zeros, bias=linear.bias)
 
     def _awq_format(self) -> Format:
@@ -258,12 +279,10 @@ class Writer:
     def _stored_bias(self, name: str, bias: Tensor | None, spread: int) -> Tensor | None:
         if bias is None and not spread:
             return None
-        bias = torch.zeros(self.quantized[name].bias.shape if bias is None else bias.shape) if bias is None else bias
+        bias = torch.zeros(self.quantized[name].rows_out) if bias is None else bias
         found = biases.stored(bias, spread, self.dtype)
-        change = (biases.read(found, spread).float() - bias.float()).abs().max().item()
-        if change:
-            kind = "modulations, to which 1 is added in 16 bit" if spread else "linears, rounded to 16 bit"
-            self.notes.add(f"biases of {kind}", change)
+        of = ("modulations, to which 1 is added in 16 bit",) if spread else ()
+        note_bias(bias, biases.read(found, spread), self.notes, *of)
         return found
 
     def exact_biases(self) -> dict[str, str]:
@@ -284,10 +303,8 @@ class Writer:
         if scale is None:
             return {}
         stored = scale.to(self.dtype)
-        change = ((stored.float() - scale).abs() / scale.abs().clamp_min(1e-30)).max().item()
-        if change:
-            self.notes.add("channel scales, rounded to 16 bit (relative)", change)
-        if len(item.modules) == 1 and bool((stored == stored[0]).all()):
+        note_scales(scale, stored.float(), self.notes)
+        if len(item.modules) == 1 and not self.family.by_channel and bool((stored == stored[0]).all()):
             return {"wtscale": stored[:1].clone()}
         return {"wcscales": pack_vector(stored, 1)}
 
@@ -299,8 +316,17 @@ def _as_depthwise(tensor: Tensor) -> Tensor:
 
 def write(model: nn.Module, path: Path) -> Notes:
     """Write the file; says what could not be kept bit for bit."""
-    writer = Writer(model)
-    layout = writer.layout()
-    writer.notes = Notes()
-    write_tensors(path, layout, writer.tensors(), metadata_of(writer))
+    with torch.device("cpu"):  # whatever torch's default is
+        writer = Writer(model)
+        layout = writer.layout()
+        writer.notes = Notes()
+        nbytes = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        with Progress(nbytes, f"writing {path.name}") as progress:
+            write_tensors(path, layout, _shown(writer.tensors(), progress), metadata_of(writer))
     return writer.notes
+
+
+def _shown(tensors: Iterator[tuple[str, Tensor]], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor
+        progress.advance(tensor.nbytes)
