@@ -22,6 +22,7 @@ from tests.peer.names import (
     RENAMED,
     SHORT,
     SUFFIXES,
+    WITHOUT_WTSCALE,
     WITHOUT_ZERO_BIASES,
     Packed,
     packed_linears,
@@ -81,6 +82,7 @@ class Part:
     down: Tensor | None = None
     up: Tensor | None = None
     shifted: bool = False
+    divisor: Tensor | None = None  # its input arrives divided by it
 
     def effective(self) -> Tensor:
         """fp64: deq(R)/smooth + up·down."""
@@ -180,6 +182,7 @@ class Maker:
             rows, part = self.rows(item, self.shape(module)[0], k, whole_scale)
             part.smooth, part.down, part.up = smooth, down, rows["up"]
             part.shifted = item.after_gelu and not fp4
+            part.divisor = None if orig is smooth else orig
             rows["bias"], bias = self.biases(item, module, part)
             made.append(rows)
             if known:
@@ -196,6 +199,8 @@ class Maker:
         return torch.ones(k, dtype=self.dtype), self.orig.setdefault(block, drawn)
 
     def second_scale(self, item: Packed) -> str:
+        if self.recipe.family in WITHOUT_WTSCALE:
+            return "wcscales"
         return self.recipe.second_scale or ("wtscale" if len(item.modules) == 1 else "wcscales")
 
     def rows(self, item: Packed, n: int, k: int, whole_scale: Tensor | None) -> tuple[dict[str, Tensor], Part]:

@@ -15,6 +15,7 @@ CLASSES = {
 SUFFIXES = {"flux": SHORT, "qwen_image": LONG, "z_image": LONG, "sdxl": SHORT, "sana": SHORT, "t5": SHORT}
 # SDXL's and Z-Image's readers have no place for the bias of a linear without one; the others' ask for zeros.
 WITHOUT_ZERO_BIASES = ("sdxl", "z_image")
+WITHOUT_WTSCALE = ("sdxl",)  # nor one for it
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,13 @@ from torch import Tensor, nn
 
 import nunchaku_py as nq
 from nunchaku_py.linear import QuantizedSite
-from nunchaku_py.site import Site
 from nunchaku_py.split_linear import SplitLinear
 from nunchaku_py.swap import quantized_modules
+from tests.checks import bits, relative, run, same_bits
 from tests.peer.files import SHIFT, Part, PeerFile, Recipe, make, write
 from tests.peer.names import LONG, SHORT, packed_linears
-from tests.checks import bits, relative, run, same_bits
 
 BF16, FP16 = torch.bfloat16, torch.float16
-READS_FUSED = pytest.mark.skipif("divided" not in Site.__dataclass_fields__,
-                                 reason="a site cannot say yet that its input arrives divided")
 PLAIN = [Recipe(family, precision, dtype, rank) for family, rank in
          (("flux", 32), ("qwen_image", 48), ("z_image", 32), ("sdxl", 16), ("sana", 32))
          for precision, dtype in (("int4", BF16), ("nvfp4", FP16))]
@@ -47,8 +44,7 @@ VARIANTS = [
 ]
 FUSED = [Recipe("flux", "int4", BF16, fused=True), Recipe("flux", "nvfp4", FP16, fused=True),
          Recipe("qwen_image", "int4", BF16, fused=True)]
-RECIPES = [pytest.param(recipe, id=str(recipe)) for recipe in PLAIN + VARIANTS]
-RECIPES += [pytest.param(recipe, id=str(recipe), marks=READS_FUSED) for recipe in FUSED]
+RECIPES = [pytest.param(recipe, id=str(recipe)) for recipe in PLAIN + VARIANTS + FUSED]
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -93,6 +89,20 @@ def _check_w4a4(name: str, site: QuantizedSite, part: Part, recipe: Recipe) -> N
     assert same_bits(site.smooth.data, part.smooth), name
     assert same_bits(site.down.data, part.down) and same_bits(site.up.data, part.up), name
     assert (site.site.rank, site.site.format) == (recipe.rank, recipe.precision), name
+    assert (site.site.divided == "input") == (part.divisor is not None), name
+    if part.divisor is not None:
+        assert same_bits(site.divisor.data, part.divisor), name
+
+
+def test_what_a_fused_smoothing_divides_says_so(peer: PeerFile, loaded: nn.Module) -> None:
+    """The values of attentions, and nothing else."""
+    values = {name for name, module in quantized_modules(loaded).items()
+              if "output" in [site.site.divided for site in sites_of(module)]}
+    assert values == {name for name in peer.truths if peer.recipe.fused and name.endswith(("to_v", "add_v_proj"))}
+    for name in values:
+        blocks = [part.divisor for other, truth in peer.truths.items() for part in truth.parts
+                  if part.divisor is not None and other.split(".")[:2] == name.split(".")[:2]]
+        assert same_bits(quantized_modules(loaded)[name].divisor.data, blocks[0]), name
 
 
 def test_biases_are_what_the_network_adds(peer: PeerFile, loaded: nn.Module) -> None:

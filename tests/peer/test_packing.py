@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nunchaku_py.checkpoint.nunchaku import packing
-from tests.peer import layout as peer
 from tests.checks import same_bits
+from tests.peer import layout as peer
 
 SHAPES = [(1, 1), (3, 5), (128, 128), (127, 129), (130, 64), (200, 96), (256, 320), (129, 63), (16, 500), (300, 33)]
 WHOLE = [(128, 128), (256, 128), (128, 384), (384, 256)]

@@ -63,9 +63,12 @@ def config_of(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise NunchakuError(f"{path}: 'config' in its metadata: expected a JSON object")
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     named = (metadata.get("model_class"), config.get("_class_name"))
-    family = next((family for family in FAMILIES if family.peer in named or family.model in named), None)
-    if family is None:
+    families = [family for family in FAMILIES if family.peer in named or family.model in named]
+    if not families:
         return config
+    if len(families) > 1:
+        raise NunchakuError(f"{path}: its metadata says that it is a {families[0].model} and a {families[1].model}")
+    family = families[0]
     return {**config, "architectures": [T5.model]} if family is T5 else {**config, "_class_name": family.model}
 
 
@@ -117,8 +120,9 @@ class Reader:
         tensor = self._take(old)
         if interleaved:
             tensor = self._even(old, tensor)
-        expected = self.model.get_parameter(new).shape
-        self._put(new, tensor.reshape(expected) if tensor.numel() == expected.numel() else tensor)
+            if tensor.ndim == 4 and tensor.shape[-1] == 1:  # (C, 3, 3, 1) of a depthwise convolution
+                tensor = tensor.movedim(-1, 1).contiguous()
+        self._put(new, tensor)
 
     def _even(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.ndim < 1 or tensor.shape[0] % 2:
@@ -214,7 +218,7 @@ class Reader:
     def _install(self, name: str, module: nn.Module, linears: Sequence[Linear], gelu: Sequence[bool]) -> None:
         sites = [self._site(name, i if len(linears) > 1 else None, *pair)
                  for i, pair in enumerate(zip(linears, gelu, strict=True))]
-        if module.bias is not None and all(linear.bias is None for linear in linears):
+        if module.bias is not None and any(linear.bias is None for linear in linears):  # each part has one, if of zeros
             raise NunchakuError(f"{self.source}: {name}: the file holds no bias for it, and "
                                 f"{type(self.model).__name__} has one")
         bias = _bias_of(linears, module.bias is not None or any(site.shift for site in sites))
