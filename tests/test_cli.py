@@ -325,9 +325,13 @@ def test_inspect_other_files(pipeline: Path, tmp_path: Path, capsys):
     save_file({"a.lora_A.weight": torch.zeros(2, 4), "a.lora_B.weight": torch.zeros(4, 2)}, tmp_path / "l.safetensors")
     run("inspect", tmp_path / "l.safetensors")
     assert "LoRA" in capsys.readouterr().out
-    save_file({"a.qweight": torch.zeros(2, 4), "a.proj_down": torch.zeros(4, 2)}, tmp_path / "n.safetensors")
+    packed = {"a.qweight": torch.zeros(128, 64, dtype=torch.int8), "a.wscales": torch.zeros(2, 128)}
+    save_file(packed, tmp_path / "n.safetensors")
     run("inspect", tmp_path / "n.safetensors")
     assert "Nunchaku" in capsys.readouterr().out
+    save_file({"a.qweight": torch.zeros(2, 4), "a.scales": torch.zeros(4, 2)}, tmp_path / "g.safetensors")
+    run("inspect", tmp_path / "g.safetensors")
+    assert "quantized by another tool" in capsys.readouterr().out
 
 
 def test_inspect_a_lora(quantized: Path, tmp_path: Path, capsys, refuses):

@@ -65,6 +65,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(tensors, metadata)
 
 
+def packs_linears(header: Header) -> bool:
+    """Whether these are linears as Nunchaku packs them. Others call their codes qweight, too, but not their scales."""
+    packed = (name.removesuffix(".qweight") for name in header.tensors if name.endswith(".qweight"))
+    return any(f"{name}.{leaf}" in header.tensors for name in packed for leaf in ("wscales", "scaled_zeros"))
+
+
 def shown(name: str) -> str:
     """A name out of a file, fit to stand in a sentence."""
     text = name if name.isprintable() and name else ascii(name)

@@ -19,6 +19,7 @@ from ..errors import NunchakuError
 from ..folders import read_json
 from ..linear import QuantizedSite
 from ..lite_choice import always_ours
+from ..site import MODES
 from ..swap import quantized_models
 from .build import empty_model, model_class, one_line
 from .fill import attach_stored, put, set_compute_dtype
@@ -50,6 +51,8 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
     """Read what `save` wrote, a model or pipeline folder or a single file; or one of Nunchaku's. Returns the ordinary
     class of diffusers or transformers."""
     path = Path(path)
+    if mode != "auto" and mode not in MODES:
+        raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
     if path.is_file():
         return (read_nunchaku if is_nunchaku(path) else _read_single)(path, mode, dtype)
     if not path.is_dir():

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.headers import Header, TensorHeader, read_header
+from ..checkpoint.headers import Header, TensorHeader, packs_linears, read_header
 from ..errors import NunchakuError
 from ..folders import read_json
-from .inspect_nunchaku import holds_packed, packed_linears, title, totals
+from .inspect_nunchaku import packed_linears, title, totals
 from .lora_files import coverage, described
 from .sources import check_there, class_name, model_path, quantization_of, weight_bytes
 from .stored_folds import StoredFolds
@@ -76,7 +76,7 @@ def _file(path: Path, view: View) -> str:
     config = config_in(header)
     if quantization_of(config).get("quant_method") == OURS:
         return _ours(str(path), config, header, view)
-    if holds_packed(header):
+    if packs_linears(header):
         return _packed(str(path), config, header, view)
     kind = kind_of(header)
     said = described(path, header, view.every) if kind == ADAPTER else f"{path}: {kind}"
@@ -115,7 +115,7 @@ def _model(path: Path, view: View) -> str:
     method = quantization_of(config).get("quant_method")
     if method == OURS:
         return _ours(str(path), config, header, view)
-    if holds_packed(header):
+    if packs_linears(header):
         return _packed(str(path), config, header, view)
     quantized = f", quantized by {method}" if method else ""
     return f"{path}: {class_name(config) or 'model'}{quantized}\n{_stored(header.tensors.values())}"
@@ -123,7 +123,7 @@ def _model(path: Path, view: View) -> str:
 
 def _folder_of_files(path: Path, view: View) -> str:
     files = sorted(path.glob("*.safetensors"))
-    if files and holds_packed(merged(path)):
+    if files and packs_linears(merged(path)):
         return _packed(str(path), {}, merged(path), view)
     if not files:
         raise NunchakuError(f"{path}: holds neither a pipeline, nor a model, nor safetensors files")

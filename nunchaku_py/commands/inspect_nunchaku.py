@@ -25,10 +25,6 @@ class PackedLinear(NamedTuple):
         return (self.name, self.kind, self.format, str(self.rank), str(self.n), str(self.k), str(self.nbytes))
 
 
-def holds_packed(header: Header) -> bool:
-    return any(name.endswith(PACKED) for name in header.tensors)
-
-
 def packed_linears(label: str, header: Header) -> list[PackedLinear]:
     nbytes: dict[str, int] = {}
     for name, tensor in header.tensors.items():

@@ -44,6 +44,8 @@ class PeerFile:
     rank: int = 32
     dtype: torch.dtype = torch.bfloat16
     long_names: bool = False
+    zero_biases: bool = True  # where a linear has none; False: as Python's models of the peer want it, which have none
+    always_channels: bool = False  # NVFP4: a second scale for every channel, not one for a linear
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(7))
     tensors: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
@@ -73,7 +75,8 @@ class PeerFile:
         self.put(name, "lora_up", at.scattered(grown(up, rows, self.rank, 0), at.up_places(
             rows, self.rank)).reshape(rows, self.rank))
         stored = self.normal(n, std=0.1) if bias else torch.zeros(n, dtype=self.dtype)
-        self.put(name, "bias", self._vector(stored, rows))
+        if bias or self.zero_biases:
+            self.put(name, "bias", self._vector(stored, rows))
         divided = residual / smooth.float()
         true_bias = stored.float() + (SHIFT * divided.sum(1) if gelu and self.fmt == "int4" else 0)
         return Truth(divided + up.float() @ down.float(), true_bias)
@@ -95,7 +98,7 @@ class PeerFile:
         scales = (50 * scales).to(torch.float8_e4m3fn)
         self.put(name, "wscales", at.scattered(grown(scales.float(), rows, groups, 1), at.micro_scale_places(
             rows, groups)).to(torch.float8_e4m3fn).reshape(groups, rows))
-        if joined:  # every number of a joined linear is one for each channel
+        if joined or self.always_channels:  # every number of a joined linear is one for each channel
             channel = (0.02 * (0.5 + torch.rand(n, generator=self.generator))).to(self.dtype)
             self.put(name, "wcscales", self._vector(channel, rows))
         else:

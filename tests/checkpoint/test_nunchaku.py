@@ -202,6 +202,14 @@ def quantized_state(model: torch.nn.Module) -> dict:
             for leaf, tensor in module.state_dict().items()}
 
 
+def test_one_16_bit_type_for_a_file(flux: tuple, tmp_path: Path):
+    """Loaded in another than it is stored in, what is not quantized is cast back."""
+    notes = nq.export(nq.load(flux[2], dtype=torch.float16), tmp_path / "again.safetensors", "nunchaku")
+    assert any("in float16, cast to bfloat16" in kind for kind in notes.changes)
+    assert {tensor.dtype for tensor in contents(tmp_path / "again.safetensors")[0].values()} == {
+        torch.int8, torch.int32, torch.bfloat16}
+
+
 def test_a_lora_on_what_is_read(flux: tuple):
     """To LoRAs it is the model that was written."""
     from peft import LoraConfig, inject_adapter_in_model

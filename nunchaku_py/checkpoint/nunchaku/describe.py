@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..headers import METADATA
 from ..manifest import manifest_of
 from .families import FLUX, T5, Z_IMAGE
 
@@ -21,14 +22,22 @@ def metadata_of(writer: Writer) -> dict[str, str]:
     model, config = writer.model, config_of(writer.model)
     found = dict(_kept(model))
     found |= {"format": "pt", "config": json.dumps(config, sort_keys=True), "model_class": writer.family.peer,
-              OWN: json.dumps({"sites": manifest_of(model).to_json()["sites"], "biases": writer.exact_biases()},
-                              sort_keys=True)}
+              OWN: _own(writer)}
     quantization = quantization_config(writer)
     if _parsed(found.get("quantization_config")) != quantization:
         found["quantization_config"] = json.dumps(quantization)
     if writer.family is FLUX and "comfy_config" not in found:
         found["comfy_config"] = json.dumps(comfy_config(config))
     return found
+
+
+def _own(writer: Writer) -> str:
+    """Exact biases only as far as readers take metadata of their size."""
+    found: dict[str, Any] = {"sites": manifest_of(writer.model).to_json()["sites"]}
+    biases = writer.exact_biases()
+    if sum(map(len, biases.values())) < METADATA // 2:
+        found["biases"] = biases
+    return json.dumps(found, sort_keys=True)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ...site import Site
 from ...swap import Entry, empty_module, fill_module, module_shape, replace_module
 from ..build import empty_model, one_line
 from ..fill import attach_stored, put, set_compute_dtype
-from ..headers import read_header, shown
+from ..headers import packs_linears, read_header, shown
 from ..manifest import entry_from_json, manifest_of
 from ..tensor_file import TensorFile
 from ..validate import check_keys, check_loaded, split_parameter
@@ -250,7 +250,12 @@ class Reader:
         """The linears whose outputs become the input that arrives divided say so."""
         for name in (f"{prefix}{module}" for module in stored.divides):
             module = self.model.get_submodule(name)
-            if not getattr(module, "is_nunchaku_quantized", False) or module.site.divided:
+            if not getattr(module, "is_nunchaku_quantized", False):
+                continue
+            if module.site.divided:
+                if not torch.equal(module.divisor, divisor):
+                    raise NunchakuError(f"{self.source}: {prefix}{stored.name}.smooth_orig: is not that of the other "
+                                        f"linear behind {name}, whose outputs cannot be divided by both")
                 continue
             site = Site(**{**vars(module.site), "divided": "output"})
             new = empty_module(module, site, module.bias is not None, module.file_dtype)
@@ -300,7 +305,7 @@ def _canonical(linear: Linear, site: Site) -> dict[str, Tensor]:
 def is_nunchaku(path: Path) -> bool:
     """Whether this file, or folder, is one of Nunchaku's, by the names of its tensors."""
     files = files_of(path)
-    return bool(files) and any(name.endswith(".qweight") for name in read_header(files[0]).tensors)
+    return bool(files) and packs_linears(read_header(files[0]))
 
 
 def read_nunchaku(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:

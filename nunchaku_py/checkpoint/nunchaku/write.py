@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import NunchakuError
 from ...formats import INT4, Format, format_of
 from ...linear import QuantizedSite
+from ...module_tools import dtype_name
 from ...progress import Progress
 from ...site import shift_correction
 from ...split_linear import SplitLinear
@@ -29,6 +30,7 @@ from .families import T5, Block, Stored, family_of, stored_so_in_16_bit
 from .layouts import CHANNELS, whole
 from .linears import (
     GROUPS,
+    HALVES,
     LONG,
     SHORT,
     TEXT_GROUP,
@@ -95,9 +97,18 @@ class Writer:
         for name, tensor in self.model.state_dict().items():
             if name not in elsewhere and not name.startswith(packed):
                 new = names.get(name, name)
-                yield new, _as_depthwise(together(tensor, 2)) if new in pairs else tensor
+                yield new, self._cast(_as_depthwise(together(tensor, 2)) if new in pairs else tensor)
         for name, leaves in joined.items():
-            yield name, torch.cat([self.model.get_parameter(leaf).data for leaf in leaves])
+            yield name, self._cast(torch.cat([self.model.get_parameter(leaf).data for leaf in leaves]))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """Of the two 16-bit types a file has one, that of the linears: the model may have been loaded in the other."""
+        if tensor.dtype == self.dtype or tensor.dtype not in HALVES:
+            return tensor
+        found = tensor.to(self.dtype)
+        change = (found.float() - tensor.float()).abs().max().item() if tensor.numel() else 0.0
+        self.notes.add(f"tensors in {dtype_name(tensor.dtype)}, cast to {dtype_name(self.dtype)}", change)
+        return found
 
     # ------------------------------------------------------------------------------------------- what there is
     def _items(self) -> Iterator[Item]:
@@ -281,6 +292,8 @@ class Writer:
             return None
         bias = torch.zeros(self.quantized[name].rows_out) if bias is None else bias
         found = biases.stored(bias, spread, self.dtype)
+        if not found.isfinite().all():
+            raise NunchakuError(f"{name}.bias: holds values too large for the file's {dtype_name(self.dtype)}")
         of = ("modulations, to which 1 is added in 16 bit",) if spread else ()
         note_bias(bias, biases.read(found, spread), self.notes, *of)
         return found
