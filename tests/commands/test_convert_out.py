@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import nunchaku_py as nq
 from nunchaku_py import cli
+from tests.checks import differences, state_of
 from tests.tiny_pipelines import flux_prompt
 
 
@@ -81,3 +83,27 @@ def test_what_cannot_be_converted_is_a_sentence(source: Path, quantized: Path, t
 def test_a_shipped_pipeline_is_known_by_its_name(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert run("tiny-flux", tmp_path / "out") == 1
     assert "holds no quantized model" in capsys.readouterr().err
+
+
+def test_inspect_for_is_asked_of_loras_only(source: Path, quantized: Path, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture) -> None:
+    for form in ("nunchaku", "nunchaku_py"):
+        file = tmp_path / f"{form}.safetensors"
+        assert run(quantized / "transformer", file, "--to", form) == 0
+        capsys.readouterr()
+        assert cli.main(["inspect", str(file), "--for", str(source)]) == 1
+        assert "is a quantized model, no LoRA file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["nunchaku", "nunchaku_py", "16 bit"])
+def test_a_model_is_no_lora(source: Path, quantized: Path, tmp_path: Path, form: str) -> None:
+    file = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    if form != "16 bit":
+        file = tmp_path / "model.safetensors"
+        assert run(quantized / "transformer", file, "--to", form) == 0
+    pipe = nq.load(quantized)
+    before = state_of(pipe.transformer)
+    for options in ({}, {"allow_partial": True}):
+        with pytest.raises(nq.NunchakuError, match="no LoRA|no key is one of a LoRA"):
+            pipe.load_lora_weights(str(file), **options)
+    assert not differences(before, state_of(pipe.transformer))
