@@ -68,6 +68,8 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
+    if not (path / "config.json").is_file():
+        raise NunchakuError(f"{path}: neither a pipeline (model_index.json) nor a model (config.json)")
     config = read_json(path / "config.json")
     quantization = _quantization_in(config)
     if quantization.get("quant_method") not in (QUANT_METHOD, LITE):

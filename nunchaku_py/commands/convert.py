@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import NunchakuError
 from ..folders import read_json
 from .output import Output
-from .sources import Source, check_there, class_name, quantization_of, quiet_libraries
+from .sources import Source, check_there, class_name, model_path, quantization_of, quiet_libraries
 
 FORMS = ("nunchaku_py", "nunchaku", "nunchaku_lite")  # checkpoint.forms.FORMS, without importing torch
 SUMMARY = "a quantized model or pipeline into another file format"
@@ -32,10 +32,10 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, metavar="IN", help="a quantized file, model folder or pipeline folder")
+    add("source", type=model_path, metavar="IN", help="a quantized file, model folder or pipeline folder")
     add("out", type=Path, metavar="OUT", help="a new folder, or a new file ending in .safetensors")
     add("--to", default=FORMS[0], choices=FORMS, help="the format of OUT (default: nunchaku_py)")
-    add("--into", type=Path, metavar="PIPELINE_DIR",
+    add("--into", type=model_path, metavar="PIPELINE_DIR",
         help="make OUT a whole pipeline: this one, with IN in place of its own model of that class")
     add("--overwrite", action="store_true", help="replace OUT if it is there")
 
@@ -47,14 +47,20 @@ def run(args: argparse.Namespace) -> int:
     output = Output.at(out, args.into or path, args.overwrite)
     quiet_libraries(args.verbose)
     whole = Source.of(args.into or path) if args.into or (path / "model_index.json").is_file() else None
-    said = _pipeline(args, whole, output) if whole else [_model(path, output.path, args.to)]
+    if whole or out.suffix.lower() != ".safetensors":
+        said = _folder(args, whole, output)
+    else:
+        said = [_model(path, out, args.to)]
     print("\n".join([*said, "", f"written: {out}"]))
     return 0
 
 
 def _check_out(args: argparse.Namespace) -> None:
     single = args.out.suffix.lower() == ".safetensors"
-    pipeline = args.into or (args.source / "model_index.json").is_file()
+    whole = (args.source / "model_index.json").is_file()
+    pipeline = args.into or whole
+    if args.into and whole:
+        raise NunchakuError(f"--into: {args.source} is a pipeline already; name a model to put into {args.into}")
     if args.into and not (args.into / "model_index.json").is_file():
         raise NunchakuError(f"--into: {args.into} is no pipeline folder (model_index.json)")
     if pipeline and (single or args.to == "nunchaku"):
@@ -77,15 +83,18 @@ def _said(name: str, notes: Any) -> str:
     return f"{name}: {notes}" if not notes.changes else f"{name}: what changed\n  " + str(notes).replace("\n", "\n  ")
 
 
-def _pipeline(args: argparse.Namespace, source: Source, output: Output) -> list[str]:
-    """A pipeline's folder, with its quantized models in another format, or with a model in place of its own."""
+def _folder(args: argparse.Namespace, whole: Source | None, output: Output) -> list[str]:
+    """The folder of a model; or a pipeline's, its quantized models in another format or a model in place of its own."""
     from ..checkpoint import export, load
 
     placed = load(args.source) if args.into else None
-    names = _quantized(source) if placed is None else [_of_class(source, type(placed).__name__)]
+    source = whole or Source(args.source, None)
+    names = [] if whole is None else _quantized(whole) if placed is None else [_of_class(whole, type(placed).__name__)]
     said: list[str] = []
 
     def fill(fresh: Path) -> None:
+        if whole is None:
+            said.append(_model(args.source, fresh, args.to))
         for name in names:
             model = load(source.components[name]) if placed is None else placed
             said.append(_said(name, export(model, fresh / name, args.to)))

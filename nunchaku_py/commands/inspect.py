@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     check_there(path)
     if args.target is not None and not path.is_file():
         raise NunchakuError(f"--for: {path} is no LoRA file")
+    if args.target is not None and _is_model(path):
+        raise NunchakuError(f"--for: {path} is a quantized model, no LoRA file")
     said = _shown(path, view)
     print(said)
     if args.fold and FOLD not in said:
@@ -61,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None:
         print(coverage(path, args.target, args.verbose))
     return 0
+
+
+def _is_model(path: Path) -> bool:
+    return any(name.endswith((".qweight", ".codes")) for name in read_header(path).tensors)
 
 
 def _shown(path: Path, view: View) -> str:

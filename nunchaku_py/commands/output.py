@@ -28,14 +28,14 @@ class Output:
     def at(path: Path, source: Path, overwrite: bool) -> Output:
         """Refuses before any work is done what could not be written at its end."""
         if path.resolve() == source.resolve() or source.resolve().is_relative_to(path.resolve()):
-            raise NunchakuError(f"{path}: would replace the model it is made from; name another folder")
+            raise NunchakuError(f"{path}: would replace the model it is made from; name another output")
         if path.resolve().is_relative_to(source.resolve()):
             raise NunchakuError(f"{path}: lies inside {source}; name a folder beside it")
         if path.is_dir() and path.suffix.lower() == ".safetensors":
             raise NunchakuError(f"{path}: is a folder, but its name is that of a file")
         taken = path.is_file() or path.is_dir() and any(path.iterdir())
         if taken and not overwrite:
-            raise NunchakuError(f"{path}: exists already; name another folder, or replace it with --overwrite")
+            raise NunchakuError(f"{path}: exists already; name another output, or replace it with --overwrite")
         if path.is_file() and path.suffix.lower() != ".safetensors":
             raise NunchakuError(f"{path}: is a file; name a folder, or a file ending in .safetensors")
         return Output(path, path.with_name(path.name + ".partial"))
@@ -100,6 +100,8 @@ class Output:
             self._publish(fresh)
         except OSError as error:
             raise NunchakuError(f"{self.path}: cannot be written: {error}") from error
+        except NunchakuError as error:  # it names what nobody asked for, and what is not there any more
+            raise NunchakuError(str(error).replace(os.path.abspath(fresh), str(self.path))) from error
 
     def _publish(self, fresh: Path) -> None:
         old = self.work / "replaced"

@@ -86,7 +86,7 @@ def _is_control(state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) ->
     width = embedder.weight.shape[1]
     wider = any(key.endswith(("x_embedder.lora_A.weight", "img_in.lora_A.weight")) and tensor.shape[-1] > width
                 for key, tensor in state.items())
-    return wider or any(key.endswith(_NORMS) for key in state)
+    return wider or any(key.endswith(_NORMS) for key in state) and any("lora" in key for key in state)
 
 
 def _load_control(original: Callable[..., Any], pipe: Any, state: dict[str, Tensor], models: Mapping[str, nn.Module],
@@ -121,6 +121,7 @@ def _fetched(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     from diffusers.loaders.lora_base import _fetch_state_dict
 
     if isinstance(source, Mapping):
+        _check_no_model(source, "these tensors")
         return with_metadata_alphas(dict(source), kwargs.get("metadata"))
     options = {name: kwargs.get(name) for name in _FETCH}
     options["use_safetensors"] = True if options["use_safetensors"] is None else options["use_safetensors"]
@@ -131,7 +132,14 @@ def _fetched(source: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         if type(error).__module__.startswith("safetensors"):
             raise NunchakuError(f"{source}: not a readable safetensors file: {error}") from error
         raise
+    _check_no_model(found[0], str(source))
     return with_metadata_alphas(dict(found[0]), found[1])
+
+
+def _check_no_model(state: Mapping[str, Tensor], label: str) -> None:
+    """A whole model has branches and norms, which look like those of a LoRA."""
+    if any(str(key).endswith((".qweight", ".codes")) for key in state):
+        raise NunchakuError(f"{label}: a quantized model, no LoRA; nq.load reads it")
 
 
 def with_metadata_alphas(state: dict[str, Tensor], metadata: Mapping[str, Any] | None) -> dict[str, Tensor]:
