@@ -294,8 +294,8 @@ class Writer:
         found = biases.stored(bias, spread, self.dtype)
         if not found.isfinite().all():
             raise NunchakuError(f"{name}.bias: holds values too large for the file's {dtype_name(self.dtype)}")
-        of = ("modulations, to which 1 is added in 16 bit",) if spread else ()
-        note_bias(bias, biases.read(found, spread), self.notes, *of)
+        of = "modulations, to which 1 is added" if spread else "linears"
+        note_bias(bias, biases.read(found, spread), self.notes, f"{of}, rounded to 16 bit for other readers")
         return found
 
     def exact_biases(self) -> dict[str, str]:
