@@ -90,6 +90,9 @@ class Reader:
         """Every packed linear of the file."""
         for name, block in self.family.blocks_of(self.model) if self.family else ():
             self._block(name, block)
+        if self.family is None:
+            log.warning("%s: how files of Nunchaku's hold a %s is not known here: every packed linear is taken for the "
+                        "one of its name, and none for shifted", self.source, type(self.model).__name__)
         for name in sorted(key.removesuffix(".qweight") for key in self.left if key.endswith(".qweight")):
             self._linear(Stored(name, (name,)), "")
 
