@@ -42,7 +42,8 @@ class Source:
     def of(path: Path) -> Source:
         check_there(path)
         if not path.is_dir():
-            raise NunchakuError(f"{path}: expected the folder of a pipeline or model, this is a file")
+            hint = "; nunchaku-py convert FILE OUT --into PIPELINE_DIR makes a pipeline of a quantized model"
+            raise NunchakuError(f"{path}: expected the folder of a pipeline or model, this is a file{hint}")
         if (path / "model_index.json").is_file():
             return Source(path, read_json(path / "model_index.json"))
         if (path / "config.json").is_file():
