@@ -15,7 +15,7 @@ from torch import nn
 from .checkpoint.lite import LiteReader, file_dtype
 from .checkpoint.lite_config import DTYPES, OWN, QUANT_METHOD, Description
 from .checkpoint.manifest import manifest_of
-from .checkpoint.validate import check_keys, check_loaded
+from .checkpoint.validate import check_keys, check_loaded, check_safetensors
 from .diffusers_hook import SVDQuantConfig, SVDQuantizer, mark_quantized
 from .errors import NunchakuError
 from .lite_choice import why_ours
@@ -88,6 +88,7 @@ class LiteQuantizer(SVDQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._source = str(checkpoint_files[0])
+        check_safetensors(checkpoint_files)
         dtype = file_dtype(self._description, checkpoint_files, self._description.dtype)
         self._reader = LiteReader(self._description, loaded_keys, self._source, dtype)
         return self._reader.names

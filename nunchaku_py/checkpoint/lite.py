@@ -9,26 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import NunchakuError
 from ..module_tools import dtype_name
 from ..site import Site
 from ..swap import Entry, empty_module, replace_module
+from .headers import read_header
 from .lite_config import Description, Target
 from .nunchaku import packing
 from .nunchaku.layouts import AWQ_COLUMNS, AWQ_ROWS, CHANNELS
 from .nunchaku.linears import AWQ_GROUP, FLOATS, HALVES
+from .tensor_file import DTYPES
+from .validate import some
 
 # Leaf in the file → ours.
 LEAVES = {"w4a4": {"qweight": "codes", "wscales": "scales", "smooth_factor": "smooth", "proj_down": "down",
                    "proj_up": "up", "wcscales": "channel_scale", "wtscale": "channel_scale", "bias": "bias"},
           "w4a16": {"qweight": "codes", "wscales": "scales", "wzeros": "zeros", "bias": "bias"}}
 _BRANCH, _SECOND = ("proj_down", "proj_up"), ("wcscales", "wtscale")
-_HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class LiteReader:
@@ -144,8 +146,7 @@ class LiteReader:
             if linears[name].bias is None and found:
                 raise NunchakuError(f"{self.source}: {found[0]} is unexpected: the model's linear has no bias")
         if missing:
-            shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-            raise NunchakuError(f"{self.source}: {len(missing)} tensors are missing: {shown}")
+            raise NunchakuError(f"{self.source}: {len(missing)} tensors are missing: {some(missing)}")
 
     def _needed(self, target: Target) -> list[str]:
         """Leaves that must be there, bias aside; of the two second scales one does."""
@@ -244,12 +245,7 @@ def file_dtype(description: Description, files: Iterable[str], otherwise: torch.
     wanted = {f"{target.name}.{'smooth_factor' if target.kind == 'w4a4' else 'wscales'}"
               for target in description.targets}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                key = next((key for key in file.keys() if key in wanted), None)  # noqa: SIM118  (no dict)
-                found = None if key is None else _HEADER_DTYPES.get(file.get_slice(key).get_dtype())
-        except (SafetensorError, OSError, ValueError):
-            continue
-        if found is not None:
-            return found
+        for name, tensor in read_header(Path(path)).tensors.items():
+            if name in wanted and DTYPES.get(tensor.dtype) in HALVES:
+                return DTYPES[tensor.dtype]
     return otherwise if otherwise in HALVES else torch.bfloat16

@@ -200,8 +200,7 @@ class LiteWriter:
         bias = None if module.bias is None else module.bias.data
         for site in shifted:
             bias = bias.float() + site.correction()
-            self.notes.add("linears whose inputs were shifted before they became 4 bit, and no longer are",
-                           site.site.shift)
+            self.notes.add("linears whose inputs were shifted before they became 4 bit, and no longer are", 0)
         if self._has_bias(name):
             return None if bias is None else self._rounded(bias)
         left = 0.0 if bias is None else bias.float().abs().max().item()

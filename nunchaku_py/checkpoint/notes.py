@@ -17,5 +17,5 @@ class Notes:
     def __str__(self) -> str:
         if not self.changes:
             return "every tensor was kept bit for bit"
-        return "\n".join(f"{kind}: {count} tensors" + (f", by {largest:.2g} at most" if largest else "")
+        return "\n".join(f"{count} {kind}" + (f": by {largest:.2g} at most" if largest else "")
                          for kind, (count, largest) in self.changes.items())

@@ -78,7 +78,7 @@ def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     if not any(path.glob("*.safetensors")):
         raise NunchakuError(f"{path}: holds no safetensors files, and nothing else is read")
     with always_ours():
-        return in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
+        return _in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
 
 
 def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
@@ -88,7 +88,7 @@ def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
         pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
-            in_mode(component, mode)
+            _in_mode(component, mode)
     return pipe
 
 
@@ -126,7 +126,7 @@ def _from_pretrained(cls: Any, path: Path, dtype: torch.dtype | None) -> Any:
         raise error if named else NunchakuError(f"{path}: {error}") from error
 
 
-def in_mode(model: nn.Module, mode: str) -> nn.Module:
+def _in_mode(model: nn.Module, mode: str) -> nn.Module:
     if mode != "auto":
         for module in model.modules():
             if isinstance(module, QuantizedSite):

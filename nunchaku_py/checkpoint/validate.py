@@ -35,9 +35,9 @@ def check_keys(model: nn.Module, keys: Iterable[str], source: str) -> None:
     unexpected = sorted(key for key in found - expected if not any(re.search(pattern, key) for pattern in ignored))
     missing = sorted(expected - found)
     if missing:
-        raise NunchakuError(f"{source}: {len(missing)} tensors are missing: {_some(missing)}")
+        raise NunchakuError(f"{source}: {len(missing)} tensors are missing: {some(missing)}")
     if unexpected:
-        raise NunchakuError(f"{source}: {len(unexpected)} tensors are unexpected: {_some(unexpected)}")
+        raise NunchakuError(f"{source}: {len(unexpected)} tensors are unexpected: {some(unexpected)}")
 
 
 def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
@@ -45,7 +45,7 @@ def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
     unless there is a GPU that the model will be moved to first."""
     empty = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
     if empty:
-        raise NunchakuError(f"{source}: {len(empty)} tensors are missing: {_some(empty)}")
+        raise NunchakuError(f"{source}: {len(empty)} tensors are missing: {some(empty)}")
     for name, module in model.named_modules():
         if isinstance(module, QuantizedSite):
             check_finite(module, f"{source}: {name}")
@@ -105,5 +105,5 @@ def stored_keys(path: str | Path) -> list[str]:
     return list(read_header(path).tensors)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(map(shown, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")

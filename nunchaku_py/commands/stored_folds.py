@@ -12,11 +12,9 @@ class StoredFolds:
     """Reads one weight at a time from a .safetensors file, or from all in a folder."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
+        from ..checkpoint.tensor_file import TensorFile
 
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        opened = [safe_open(file, framework="pt") for file in files]
-        self.holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self.file = TensorFile([path] if path.is_file() else sorted(path.glob("*.safetensors")))
 
     def of(self, site: str, entry: Mapping[str, Any], k: int) -> float | None:
         """fold_error of a site; None where its inputs stay 16 bit, so that nothing is folded."""
@@ -26,8 +24,8 @@ class StoredFolds:
 
         if entry["kind"] != "w4a4":
             return None
-        found = {leaf: self.holder[f"{site}.{leaf}"].get_tensor(f"{site}.{leaf}")
-                 for leaf in ("codes", "scales", "zeros", "channel_scale") if f"{site}.{leaf}" in self.holder}
+        found = {leaf: self.file.read(f"{site}.{leaf}")
+                 for leaf in ("codes", "scales", "zeros", "channel_scale") if f"{site}.{leaf}" in self.file}
         if "scales" not in found:
             raise NunchakuError(f"{site}.scales: missing in the file")
         try:

@@ -239,8 +239,8 @@ def test_written_and_read_back(quantized: tuple, written: tuple) -> None:
     dense = check_read_back(model, loaded)
     floats = next(quantized_sites(model)).site.format == "nvfp4" or "nvfp4" in str(model.config.quantization_config)
     assert dense == ([PROJ_OUT.format(block) for block in (0, 1)] if floats else [])
-    assert ("written in 16 bit (relative): 2 tensors" in str(written[1])) == floats
-    assert ("inputs were shifted before they became 4 bit, and no longer are: 6 tensors" in str(written[1])) != floats
+    assert ("2 NVFP4 linears in parts" in str(written[1])) == floats
+    assert ("6 linears whose inputs were shifted before they became 4 bit" in str(written[1])) != floats
     sites = [site for site in quantized_sites(loaded) if site.site.has_smooth]
     assert sites and not any(site.site.shift or site.site.unsigned_act for site in sites)
     assert {site.site.format for site in quantized_sites(loaded) if not site.site.has_smooth} == {"uint4"}

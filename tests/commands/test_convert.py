@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,14 @@ import nunchaku_py as nq
 from nunchaku_py import cli
 from tests.checks import QUICK, differences, files_in, state_of
 from tests.tiny_pipelines import flux_prompt
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 16-bit pipeline; tests do not change it."""
+    folder = tmp_path_factory.mktemp("source") / "flux"
+    flux_prompt()[0].save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +149,82 @@ def test_inspect(pipeline: Path, peer: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / "lite"), "--all"]) == 0
     assert "single_transformer_blocks.1.proj_out" in capsys.readouterr().out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_model_replaces_a_folder_as_a_whole(pipeline: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pipeline, out)
+    assert convert(pipeline / "transformer", out) == 1  # without --overwrite nothing happens
+    assert contents(out) == contents(pipeline)
+    assert convert(pipeline / "transformer", out, "--overwrite") == 0
+    assert sorted(contents(out)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_fails_leaves_the_old_folder(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pipeline, out)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nunchaku_py.checkpoint.lite_write.write_tensors", full)
+    capsys.readouterr()
+    assert convert(pipeline / "transformer", out, "--to", "nunchaku_lite", "--overwrite") == 1
+    said = capsys.readouterr().err
+    assert said == f"nunchaku-py: {out}: cannot be written: [Errno 28] No space left on device\n"
+    assert contents(out) == contents(pipeline)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_converted_is_a_sentence(source: Path, pipeline: Path, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture) -> None:
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    cases = {
+        "holds no quantized model": [source, out],
+        "no quantization_config of ours": [source / "transformer", out],
+        "neither a pipeline (model_index.json) nor a model (config.json)": [empty, out],
+        "is a pipeline already; name a model": [pipeline, out, "--into", source],
+        "is no pipeline folder": [pipeline / "transformer", out, "--into", source / "transformer"],
+    }
+    for expected, argv in cases.items():
+        capsys.readouterr()
+        assert convert(*argv) == 1
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1, said
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["empty"]
+
+
+def test_a_shipped_pipeline_is_known_by_its_name(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert convert("tiny-flux", tmp_path / "out") == 1
+    assert "holds no quantized model" in capsys.readouterr().err
+
+
+def test_inspect_for_is_asked_of_loras_only(source: Path, pipeline: Path, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture) -> None:
+    for form in ("nunchaku", "nunchaku_py"):
+        file = tmp_path / f"{form}.safetensors"
+        assert convert(pipeline / "transformer", file, "--to", form) == 0
+        capsys.readouterr()
+        assert cli.main(["inspect", str(file), "--for", str(source)]) == 1
+        assert "is a quantized model, no LoRA file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["nunchaku", "nunchaku_py", "16 bit"])
+def test_a_model_is_no_lora(source: Path, pipeline: Path, tmp_path: Path, form: str) -> None:
+    file = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    if form != "16 bit":
+        file = tmp_path / "model.safetensors"
+        assert convert(pipeline / "transformer", file, "--to", form) == 0
+    pipe = nq.load(pipeline)
+    before = state_of(pipe.transformer)
+    for options in ({}, {"allow_partial": True}):
+        with pytest.raises(nq.NunchakuError, match="no LoRA|no key is one of a LoRA"):
+            pipe.load_lora_weights(str(file), **options)
+    assert not differences(before, state_of(pipe.transformer))
