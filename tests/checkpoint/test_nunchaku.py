@@ -133,6 +133,25 @@ def test_smoothing_that_was_fused(flux: tuple, tmp_path: Path):
         assert not differences(contents(path)[0], contents(again)[0])
 
 
+def test_smoothing_that_was_fused_into_a_linear_in_16_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """SDXL's cross-attention: `to_v` cannot say that it is divided, so `to_out` does not either."""
+    model, inputs = quantized("sdxl")
+    nq.export(model, tmp_path / "svdq.safetensors", "nunchaku")
+
+    def fuse(tensors: dict, metadata: dict) -> None:
+        metadata.pop("nunchaku_py")
+        for name in [name for name in tensors if name.endswith("to_out.0.smooth")]:
+            tensors[f"{name}_orig"], tensors[name] = 0.2 + torch.rand(128).bfloat16(), torch.ones(128).bfloat16()
+
+    read = nq.load(rewritten(tmp_path / "svdq.safetensors", tmp_path / "fused.safetensors", fuse), mode="a16")
+    block = read.mid_block.attentions[0].transformer_blocks[0]
+    assert (block.attn1.to_v.site.divided, block.attn1.to_out[0].site.divided) == ("output", "input")
+    assert block.attn2.to_out[0].site.divided == ""
+    assert "attn2.to_out.0: its smoothing was fused into a linear that is not quantized here" in caplog.text
+    wanted, got = run(read, inputs).float(), run(nq.dequantize(read), inputs).float()
+    assert ((got - wanted).norm() / wanted.norm()).item() < 0.03  # of weights in bfloat16
+
+
 def test_text_encoders(tmp_path: Path):
     from transformers import T5Config, T5EncoderModel
 

@@ -120,7 +120,7 @@ SDXL = Family("UNet2DConditionModel", "NunchakuSDXLUNet2DConditionModel", True, 
 SANA = Family("SanaTransformer2DModel", "NunchakuSanaTransformer2DModel", True, (
     Block(r"transformer_blocks\.\d+", (
         Stored("attn.qkv_proj", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), rows="heads"),
-        Stored("attn.out_proj", ("attn1.to_out.0",)),
+        Stored("attn.out_proj", ("attn1.to_out.0",), divides=("attn1.to_v",)),
         Stored("cross_attn.q_linear", ("attn2.to_q",)),
         Stored("cross_attn.kv_linear", ("attn2.to_k", "attn2.to_v"), dense=True),
         Stored("cross_attn.out_proj", ("attn2.to_out.0",)),

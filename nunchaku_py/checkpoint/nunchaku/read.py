@@ -179,6 +179,8 @@ class Reader:
         self.left -= set(tensors.used)
         self.progress.advance(sum(self.file.tensors[key].nbytes for key in tensors.used))
         self._refuse_others(tensors)
+        if linear.divisor is not None and not self._both_sides_are_held(stored, prefix):
+            linear.divisor = None
         linears = order.apart(linear)
         for name, module, found in zip(names, modules, linears, strict=True):
             found.bias = None if found.bias is None else self._exact(name, found.bias, stored.spread)
@@ -249,12 +251,20 @@ class Reader:
         divided = {} if linear.divisor is None else {"divided": "input"}
         return Site("w4a4", linear.format, linear.group, rank, SHIFT if shifted else 0.0, shifted, **divided)
 
+    def _both_sides_are_held(self, stored: Stored, prefix: str) -> bool:
+        """A linear in 16 bit cannot say that its outputs are divided. Then neither side does: undoing one of them, as
+        nq.dequantize would, makes another network."""
+        before = [self.model.get_submodule(f"{prefix}{module}") for module in stored.divides]
+        if before and all(getattr(module, "is_nunchaku_quantized", False) for module in before):
+            return True
+        log.warning("%s: %s%s: its smoothing was fused into a linear that is not quantized here: a LoRA on either will "
+                    "be a little off, and smooth_orig is not kept", self.source, prefix, stored.name)
+        return False
+
     def _divided(self, stored: Stored, prefix: str, divisor: Tensor) -> None:
         """The linears whose outputs become the input that arrives divided say so."""
         for name in (f"{prefix}{module}" for module in stored.divides):
             module = self.model.get_submodule(name)
-            if not getattr(module, "is_nunchaku_quantized", False):
-                continue
             if module.site.divided:
                 if not torch.equal(module.divisor, divisor):
                     raise NunchakuError(f"{self.source}: {prefix}{stored.name}.smooth_orig: is not that of the other "
