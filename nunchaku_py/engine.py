@@ -76,12 +76,18 @@ class Engine:
 
     def check(self, jobs: Iterable[Job], model: nn.Module) -> None:
         """Refuse what cannot be quantized before anything is changed."""
-        for job in jobs:
-            for unit in job.units:
-                weights = [unit_weight(model.get_submodule(name), unit) for name in unit.names]
-                self.site_of(unit, min(w.shape[0] for w in weights), weights[0].shape[1])
-            for name in job.names:
-                _check_weight(name, model.get_submodule(name))
+        self.check_shapes(jobs, model)
+        self.check_weights(jobs, model)
+
+    def check_shapes(self, jobs: Iterable[Job], model: nn.Module) -> None:
+        """The part of it for which no weight need be in memory."""
+        for unit in (unit for job in jobs for unit in job.units):
+            weights = [unit_weight(model.get_submodule(name), unit) for name in unit.names]
+            self.site_of(unit, min(w.shape[0] for w in weights), weights[0].shape[1])
+
+    def check_weights(self, jobs: Iterable[Job], model: nn.Module) -> None:
+        for name in (name for job in jobs for name in job.names):
+            _check_weight(name, model.get_submodule(name))
 
     def run(self, job: Job, modules: Mapping[str, nn.Module], stats: Mapping[Unit, Stats]
             ) -> tuple[dict[str, Quantized], list[SiteRow]]:

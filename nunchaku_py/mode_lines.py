@@ -4,8 +4,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
+from .site import auto_mode
 from .swap import QuantizedSite, quantized_sites
 
 A8_WEIGHTS = {"folded": "INT8 weights, folded at load", "scaled": "4-bit weights, folded to INT8 as they are read",
@@ -24,6 +26,15 @@ def mode_lines(models: Iterable[nn.Module]) -> list[str]:
             asked.setdefault(device, set()).add(site.requested_mode)
     return [f"{device}: {', '.join(f'{count} sites in {text}' for text, count in found.most_common())}; "
             f"{_choice(asked.get(device, set()))}" for device, found in counts.items()]
+
+
+def expected_modes(model: nn.Module, device: torch.device) -> list[str]:
+    """The same of a model that is not in memory, as it would run on `device`; how it holds its weights is not known."""
+    sites = list(quantized_sites(model))
+    counts = Counter(auto_mode(site.site, device) if site.requested_mode == "auto" else site.mode for site in sites)
+    asked = {site.requested_mode for site in sites if site.site.kind == "w4a4"}
+    return [f"{device}: {', '.join(f'{count} sites in {mode}' for mode, count in counts.most_common())}; "
+            f"{_choice(asked)}"]
 
 
 def _weights(site: QuantizedSite) -> str:

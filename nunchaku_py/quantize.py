@@ -7,10 +7,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,12 @@ from .progress import Progress
 from .recipes import Recipe, recipe_of
 from .replay import replay
 from .report import Report, SiteRow, merged
+from .residence import Residence
 from .resume import FinishedBlocks, fingerprint
 from .site import MODES
 from .swap import Quantized, prepare, quantized_sites, replace_modules
+
+AnyRun = TypeVar("AnyRun", bound="Run")
 
 
 def quantize(target: Any, recipe: str | Recipe = "svdquant-int4", data: Any = None, mode: str = "auto", *,
@@ -51,7 +55,8 @@ def quantize(target: Any, recipe: str | Recipe = "svdquant-int4", data: Any = No
     if mode != "auto" and mode not in MODES:
         raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
     pipeline = None if isinstance(target, nn.Module) else target
-    runs = _runs(_components(target, recipe, components), rank, rules or {}, mode, seed)
+    settings = Settings(rank, rules or {}, mode, seed)
+    runs = runs_of(_components(target, recipe, components), settings, _prepare)
     found = {name: None if data is None else capture_states(pipeline or run.model, run.model, data, states, seed=seed,
                                                             show=progress) for name, run in runs.items()}
     reports: dict[str, Report] = {}
@@ -69,35 +74,51 @@ def quantize(target: Any, recipe: str | Recipe = "svdquant-int4", data: Any = No
     return merged(reports)
 
 
-def _runs(chosen: dict[str, tuple[nn.Module, str | Recipe]], rank: int | None, rules: Mapping[str, str], mode: str,
-          seed: int) -> dict[str, Run]:
+@dataclass(frozen=True)
+class Settings:
+    """What all components of a run share."""
+
+    rank: int | None = None
+    rules: Mapping[str, str] = field(default_factory=dict)
+    mode: str = "auto"
+    seed: int = 0
+
+
+def runs_of(chosen: Mapping[str, tuple[nn.Module, str | Recipe]], settings: Settings,
+            prepare_run: Callable[[str, nn.Module, Recipe, Settings], AnyRun]) -> dict[str, AnyRun]:
     """A run for each component, all of them checked before any is changed. A rule must match in one of them."""
     linears = {name: list(linears_in(model)) for name, (model, _) in chosen.items()}
 
     def matches(glob: str, name: str) -> bool:
         return any(fnmatchcase(linear, glob) for linear in linears[name])
 
-    single = len(chosen) == 1
+    single, rules = len(chosen) == 1, settings.rules
     for glob in rules:
         if not single and not any(matches(glob, name) for name in chosen):
             raise NunchakuError(f"rule {glob!r}: no linear or 1×1 convolution of {', '.join(chosen)} has such a name")
     own = {name: {glob: rules[glob] for glob in rules if single or matches(glob, name)} for name in chosen}
-    return {name: _prepare(model, recipe_of(recipe), rank, own[name], mode, seed)
+    return {name: prepare_run(name, model, recipe_of(recipe), replace(settings, rules=own[name]))
             for name, (model, recipe) in chosen.items()}
 
 
-def _prepare(model: nn.Module, recipe: Recipe, rank: int | None, rules: Mapping[str, str], mode: str, seed: int) -> Run:
-    recipe.expect_rank(rank)
-    planned = plan(model, recipe.kind, rules)
-    if not planned.units:
-        reason = next(iter(planned.kept.values()))
-        raise NunchakuError(f"{type(model).__name__}: nothing is left to quantize, it would keep all its "
-                            f"{len(planned.kept)} linears in 16 bit ({reason}, …)")
-    dtype = model_dtype(model, planned)
-    engine = Engine(recipe, context_of(recipe, dtype, seed), rank)
-    run = Run(model, engine, planned, jobs_of(planned), dtype, mode=mode)
-    engine.check(run.jobs, model)
+def _prepare(_name: str, model: nn.Module, recipe: Recipe, settings: Settings) -> Run:
+    run = Run(*planned(model, recipe, settings), mode=settings.mode)
+    run.engine.check(run.jobs, model)
     return run
+
+
+def planned(model: nn.Module, recipe: Recipe, settings: Settings
+            ) -> tuple[nn.Module, Engine, Plan, list[Job], torch.dtype]:
+    """What a run begins with."""
+    recipe.expect_rank(settings.rank)
+    decided = plan(model, recipe.kind, settings.rules)
+    if not decided.units:
+        reason = next(iter(decided.kept.values()))
+        raise NunchakuError(f"{type(model).__name__}: nothing is left to quantize, it would keep all its "
+                            f"{len(decided.kept)} linears in 16 bit ({reason}, …)")
+    dtype = model_dtype(model, decided)
+    engine = Engine(recipe, context_of(recipe, dtype, settings.seed), settings.rank)
+    return model, engine, decided, jobs_of(decided), dtype
 
 
 def context_of(recipe: Recipe, dtype: torch.dtype | None, seed: int = 0) -> Context:
@@ -121,6 +142,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     finished: FinishedBlocks | None = None
     mode: str = "auto"
+    residence: Residence | None = None  # None: the model as a whole is where it is to be computed
 
     def run(self, states: Sequence[State] | None, feedback: bool, work_dir: str | os.PathLike[str] | None,
             progress: bool | None) -> Report:
@@ -163,8 +185,12 @@ class Run:
         with Progress(sum(costs.values()), "quantizing", progress) as bar:
             for block, cost in costs.items():
                 bar.say(block)
-                self.quantize_block(block, {})
+                with self.resident(block):
+                    self.quantize_block(block, {})
                 bar.advance(cost)
+
+    def resident(self, block: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.residence is None else self.residence.of(block)
 
     def calibrated(self, states: Sequence[State], feedback: bool, progress: bool | None) -> None:
         """Replay a few captured forwards block by block; with feedback each block sees the quantized ones' output."""
@@ -179,10 +205,12 @@ class Run:
                 bar.advance(self.cost(block))
 
             try:
-                unreached = replay(self.model, blocks, states, self.taps_of, finish, feedback=feedback, progress=bar)
+                unreached = replay(self.model, blocks, states, self.taps_of, finish, feedback=feedback, progress=bar,
+                                   residence=self.residence)
                 for block, reason in unreached.items():
                     self.notes.append(f"{block}: {reason}, so it is quantized data-free")
-                    self.quantize_block(block, {})
+                    with self.resident(block):
+                        self.quantize_block(block, {})
             except BaseException:
                 replace_modules(self.model, self.originals)
                 raise
@@ -255,10 +283,10 @@ class StreamingQuantizer:
     def __init__(self, model: nn.Module, config: Any, dtype: torch.dtype | None) -> None:
         self.model, self.started = model, time.monotonic()
         recipe = recipe_of(config.recipe)
-        planned = plan(model, recipe.kind, config.rules or {})
+        decided = plan(model, recipe.kind, config.rules or {})
         self.before = model_bytes(model)
         engine = Engine(recipe, context_of(recipe, dtype), config.rank)
-        self.run = Run(model, engine, planned, jobs_of(planned), dtype or torch.float32)
+        self.run = Run(model, engine, decided, jobs_of(decided), dtype or torch.float32)
         self.job_of = {name: job for job in self.run.jobs for name in job.names}
 
     def wants(self, parameter: str) -> bool:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .calibrate import State
+from .checkpoint.headers import read_header
 from .checkpoint.manifest import entry_from_json, entry_to_json
+from .checkpoint.tensor_file import TensorFile, layout_of, write_tensors
 from .errors import NunchakuError
 from .report import SiteRow
 from .swap import Entry, Quantized, empty_module, entry_of, fill_module, quantized_sites
@@ -28,7 +28,8 @@ Finished = tuple[dict[str, Quantized], list[SiteRow]]
 
 
 class FinishedBlocks:
-    """One safetensors file per finished block: its tensors, its report rows, and the checksum of its 16-bit weights."""
+    """One safetensors file per finished block: its tensors, its report rows, and the checksums of these tensors and of
+    its 16-bit weights."""
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         self.folder = Path(folder)
@@ -49,9 +50,8 @@ class FinishedBlocks:
         """Whether the block is there, whole; one cut short by a crash is removed, to be done again."""
         path = self._path(block)
         try:
-            with safe_open(path, framework="pt") as file:
-                return bool(file.metadata())
-        except (SafetensorError, OSError):
+            return {"weights", "tensors"} <= set(read_header(path).metadata)
+        except NunchakuError:
             path.unlink(missing_ok=True)
             return False
 
@@ -60,10 +60,12 @@ class FinishedBlocks:
         path = self._path(block)
         if not self.has(block):
             return None
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        if meta["weights"] != checksum(originals):
+        with TensorFile(path) as file:
+            meta, tensors = file.metadata, {key: file.read(key) for key in file.names()}
+        if meta["tensors"] != checksum(tensors):
+            path.unlink()  # what it holds is not what was written
+            return None
+        if meta["weights"] != checksum(_parameters(originals)):
             raise NunchakuError(f"{path}: was made from other weights than {block} has now; delete {self.folder}")
         entries = {name: entry_from_json(entry) for name, entry in json.loads(meta["sites"]).items()}
         modules = {name: _restore(name, originals[name], entries[name], tensors, dtype) for name in entries}
@@ -77,14 +79,19 @@ class FinishedBlocks:
         partial = path.with_suffix(".partial")
         tensors = {f"{name}.{key}": tensor.contiguous().cpu()
                    for name, module in modules.items() for key, tensor in module.state_dict().items()}
-        meta = {"weights": checksum(originals), "rows": json.dumps([asdict(row) for row in rows]),
+        meta = {"weights": checksum(_parameters(originals)), "tensors": checksum(tensors),
+                "rows": json.dumps([asdict(row) for row in rows]),
                 "sites": json.dumps({name: entry_to_json(entry_of(module)) for name, module in modules.items()})}
         try:
-            save_file(tensors, partial, metadata=meta)
+            write_tensors(partial, layout_of(tensors), tensors.items(), meta)
             os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             partial.unlink(missing_ok=True)
             raise NunchakuError(f"{path}: cannot be written: {error}") from error
+
+    def open(self, blocks: Iterable[str]) -> TensorFile:
+        """The tensors of all these blocks, under their names in the model."""
+        return TensorFile(map(self._path, blocks))
 
     def delete(self, blocks: Iterable[str]) -> None:
         """Remove what this run wrote, and the folder if nothing else is in it."""
@@ -121,11 +128,17 @@ def fingerprint(states: Sequence[State]) -> str:
     return f"{len(states)} states, {crc:08x}"
 
 
-def checksum(modules: Mapping[str, nn.Module]) -> str:
-    """Of the 16-bit weights and biases of `modules`, in order."""
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The 16-bit weights and biases of `modules`."""
+    return {f"{name}.{leaf}": parameter for name, module in modules.items()
+            for leaf, parameter in module.named_parameters()}
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of names and bytes, whatever their order."""
     crc = 0
-    for name, module in modules.items():
+    for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(name.encode(), crc)
-        for parameter in module.parameters():
-            crc = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc) if flat.numel() else crc
     return f"{crc:08x}"

@@ -196,22 +196,30 @@ def _share(model: nn.Module, first: str, second: str, source: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- writing
 def _write_folder(model: Any, path: Path) -> None:
     model.save_pretrained(path)
-    for file in path.rglob("config.json"):  # where a model was loaded from is nobody's business, and changes its bytes
+    without_origin(path)
+
+
+def without_origin(folder: Path) -> None:
+    """Where a model was loaded from is nobody's business, and changes the bytes of its config."""
+    for file in folder.rglob("config.json"):
         config = read_json(file)
         if config.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_single(model: nn.Module, path: Path) -> None:
+    tensors, shared = _without_shared(model.state_dict())
+    write_tensors(path, layout_of(tensors), tensors.items(), single_metadata(model, shared))
+
+
+def single_metadata(model: nn.Module, shared: dict[str, str]) -> dict[str, str]:
+    """What stands beside the tensors of a single file. shared: second name → first name of tied ones."""
     config = json.loads(model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string())
     config.pop("_name_or_path", None)
     if "_class_name" not in config and not config.get("architectures"):  # transformers sets it when it saves a model
         config["architectures"] = [type(model).__name__]
     metadata = {"format": "pt", "config": json.dumps(config, sort_keys=True)}
-    tensors, shared = _without_shared(model.state_dict())
-    if shared:
-        metadata["shared"] = json.dumps(shared, sort_keys=True)
-    write_tensors(path, layout_of(tensors), tensors.items(), metadata)
+    return {**metadata, "shared": json.dumps(shared, sort_keys=True)} if shared else metadata
 
 
 def _without_shared(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
