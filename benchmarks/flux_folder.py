@@ -3,9 +3,9 @@
     python -m benchmarks.flux_folder /tmp/flux-16bit            (--quick: one block of each kind)
     nunchaku-py quantize /tmp/flux-16bit /tmp/flux-int4
 
-A weight is what trained ones look like to a quantizer: normal numbers whose channels differ in size (log-normal, σ = 0.3,
-both ways), a few input channels eight times as large, and 64 directions whose singular values decay like 1/i, which hold
-a fifth of the energy. Every block is drawn anew. Delete the folder afterwards.
+A weight is what trained ones look like to a quantizer: normal numbers whose channels differ in size (log-normal,
+σ = 0.3, both ways), a few input channels eight times as large, and 64 directions whose singular values decay like 1/i,
+which hold a fifth of the energy. Every block is drawn anew. Delete the folder afterwards.
 """
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def build(folder: Path, double: int, single: int, seed: int = 0) -> None:
         own = {name: tensor.shape for name, tensor in state.items()
                if (name.startswith(front) if front else not name.startswith(tuple(blocks)))}
         shards.write(index, dict(tensors(own, generator)))
-        print(f"  [{index + 1}/{len(blocks) + 1}] {front or 'the rest'}: {time.monotonic() - started:.0f} s", flush=True)
+        part = front.rstrip(".") or "the rest"
+        print(f"  [{index + 1}/{len(blocks) + 1}] {part}: {time.monotonic() - started:.0f} s", flush=True)
     shards.finish()
     model.save_config(folder)
     print(f"{shards.size / 1e9:.2f} GB in {folder} ({WEIGHTS}-…), {time.monotonic() - started:.0f} s")

@@ -175,28 +175,53 @@ def _recorded(model: nn.Module, kept: Thinned) -> Iterator[None]:
 def _from_prompts(
     pipeline: Any, model: nn.Module, prompts: list[Any], states: int, seed: int, show: bool | None, call: dict[str, Any]
 ) -> list[State]:
-    """The q states of prompt i of P are taken at (j + (i + ½)/P)/q of its way, j < q: together they cover all steps."""
-    prompts = [prompts[i] for i in evenly(len(prompts), states)]
-    shares = [states * (i + 1) // len(prompts) - states * i // len(prompts) for i in range(len(prompts))]
     found = []
-    with Progress(len(prompts), "collect", show) as progress, _quiet(pipeline), torch.no_grad():
-        for i, (prompt, share) in enumerate(zip(prompts, shares, strict=True)):
-            kept = Thinned(max(CALLS_KEPT, share))
+    runs = prompt_runs(pipeline, prompts, states, seed, call)
+    with Progress(len(runs), "collect", show) as progress, _quiet(pipeline), torch.no_grad():
+        for run in runs:
+            kept = run.thinned()
             with _recorded(model, kept):
-                asked = {"prompt": prompt} if isinstance(prompt, str) else prompt
-                _run_prompt(pipeline, {**_defaults(pipeline, max(STEPS, share), seed + i), **call, **asked}, i)
-            found += kept.pick(share, (i + 0.5) / len(prompts))
+                run(pipeline)
+            found += run.pick(kept)
             progress.advance(1)
     return found
 
 
-def _run_prompt(pipeline: Any, arguments: dict[str, Any], index: int) -> None:
-    try:
-        pipeline(**arguments)
-    except NunchakuError:
-        raise
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise NunchakuError(f"calibration prompt {index + 1}: {type(pipeline).__name__} refuses it: {error}") from error
+@dataclass(frozen=True)
+class PromptRun:
+    """One call of a pipeline, of whose denoiser's forwards `share` become states."""
+
+    index: int
+    arguments: dict[str, Any]
+    share: int
+    phase: float
+
+    def __call__(self, pipeline: Any) -> None:
+        try:
+            pipeline(**self.arguments)
+        except NunchakuError:
+            raise
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise NunchakuError(f"calibration prompt {self.index + 1}: {type(pipeline).__name__} refuses it: "
+                                f"{error}") from error
+
+    def thinned(self) -> Thinned:
+        return Thinned(max(CALLS_KEPT, self.share))
+
+    def pick(self, kept: Thinned) -> list[State]:
+        return kept.pick(self.share, self.phase)
+
+
+def prompt_runs(pipeline: Any, prompts: list[Any], states: int, seed: int, call: dict[str, Any]) -> list[PromptRun]:
+    """The q states of prompt i of P are taken at (j + (i + ½)/P)/q of its way, j < q: together they cover all steps."""
+    prompts = [prompts[i] for i in evenly(len(prompts), states)]
+    count, runs = len(prompts), []
+    for i, prompt in enumerate(prompts):
+        share = states * (i + 1) // count - states * i // count
+        asked = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        arguments = {**_defaults(pipeline, max(STEPS, share), seed + i), **call, **asked}
+        runs.append(PromptRun(i, arguments, share, (i + 0.5) / count))
+    return runs
 
 
 def _defaults(pipeline: Any, steps: int, seed: int) -> dict[str, Any]:

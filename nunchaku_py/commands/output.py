@@ -64,29 +64,34 @@ class Output:
 
     def interrupted(self) -> str:
         count = self._finished()
+        if not count and self._has_states():
+            return f"interrupted; the calibration states are kept in {self.work}, the same command goes on from there"
         if not count:
             return "interrupted before a block was finished; the same command starts again"
         kept = "1 finished block is" if count == 1 else f"{count} finished blocks are"
         return f"interrupted; {kept} kept in {self.work}, the same command goes on from there"
 
+    def _has_states(self) -> bool:
+        return any(self.blocks.glob("states.*"))
+
     def tidy(self) -> None:
         """Leave no work folder behind unless there is work in it."""
-        if self.work.is_dir() and not self._finished():
+        if self.work.is_dir() and not self._finished() and not self._has_states():
             shutil.rmtree(self.work, ignore_errors=True)
 
-    def write(self, source: Source, models: dict[str, Any], report: Any) -> None:
+    def write(self, source: Source, writers: dict[str, Callable[[Path], object]], report: Any) -> None:
         """Everything into the work folder first; then it takes its name, and only then the finished blocks go."""
-        from ..checkpoint import save
+        from ..checkpoint.own import write_then_rename
 
         def fill(fresh: Path) -> None:
-            for name, model in models.items():
-                save(model, fresh / name)
+            for name, write in writers.items():
+                write(fresh / name)
             report.save(fresh)
 
         if self.path.suffix.lower() == ".safetensors":
-            save(next(iter(models.values())), self.path)
+            write_then_rename(self.path, next(iter(writers.values())))
         else:
-            self.write_folder(source, set(models), fill)
+            self.write_folder(source, set(writers), fill)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def write_folder(self, source: Source, changed: set[str], fill: Callable[[Path], None]) -> None:

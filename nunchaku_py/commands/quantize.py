@@ -5,7 +5,10 @@ import argparse
 import hashlib
 import json
 import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ from .sources import (
     load_model,
     load_pipeline,
     model_path,
+    peak_memory,
     quiet_libraries,
+    torch_dtype,
     weight_bytes,
 )
 
@@ -39,6 +44,7 @@ EXAMPLES = """\
   nunchaku-py quantize ./model ./out --rule "*.ff.*=w4a16" --rule "blocks.0.*=keep"
   nunchaku-py quantize ./FLUX.1-dev ./out --component transformer --component text_encoder_2=w4a16-int4
 """
+Writers = dict[str, Callable[[Path], object]]
 _log = logging.getLogger("nunchaku_py")
 
 
@@ -63,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of everything random (default 0)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute in this type (default: the file's 16-bit type)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
+    add("--in-memory", action="store_true", help="read the models as a whole instead of block by block")
     add("--overwrite", action="store_true", help="replace OUT_DIR if it is there")
     add("--report", type=Path, metavar="DIR", help="write the report here too")
 
@@ -85,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries(args.verbose)  # slow: it imports them
     output.open(_settings(args, wanted))
     try:
-        models, report = _quantized(args, source, wanted, output)
-        output.write(source, models, report)
+        writers, report = _quantized(args, source, wanted, output)
+        output.write(source, writers, report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(output.interrupted()) from None
     finally:
@@ -95,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         report.save(args.report)
     print(report)
     print(f"\nwritten: {args.out}")
+    print(f"peak memory: {peak_memory()}")
     return 0
 
 
@@ -171,8 +179,38 @@ def _settings(args: argparse.Namespace, wanted: Wanted) -> str:
                        "prompts": prompts if wanted.prompts else None, "dtype": wanted.dtype, "mode": args.mode})
 
 
-def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[dict[str, Any], Any]:
-    """(component → quantized model, report)"""
+def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
+    """(component → what writes it, report): block by block from the files, unless they have to be read as a whole."""
+    from ..stream.files import NotStreamable
+
+    if not args.in_memory:
+        try:
+            return _streamed(args, source, wanted, output)
+        except NotStreamable as reason:
+            print(f"note: {reason}: it is read into memory as a whole", file=sys.stderr)
+    return _in_memory(args, source, wanted, output)
+
+
+def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
+    from ..quantize import Settings
+    from ..recipes import recipe_of
+    from ..stream.files import Calibration, open_folders, quantize_files, write
+
+    device = device_for(args.device, 0)
+    _log.info("streaming %s in %s onto %s", source.path, wanted.dtype, device)
+    beside = set(source.models) - set(wanted.components) if wanted.prompts else set()
+    homes = open_folders(source.components, wanted.components, beside, torch_dtype(wanted.dtype), device)
+    calibration = None
+    if wanted.prompts:
+        calibration = Calibration(source.path, wanted.prompts, args.states, not args.no_feedback)
+    recipes = {name: recipe_of(recipe) for name, recipe in wanted.components.items()}
+    settings = Settings(args.rank, wanted.rules, args.mode, args.seed)
+    runs, report = quantize_files(homes, recipes, settings, output.blocks, calibration)
+    return {name: partial(write, run) for name, run in runs.items()}, report
+
+
+def _in_memory(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
+    from ..checkpoint import save
     from ..quantize import quantize
 
     target = _target(args, source, wanted)
@@ -181,7 +219,7 @@ def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output:
         target, wanted.components.get("", args.recipe), wanted.prompts, args.mode, rank=args.rank, rules=wanted.rules,
         components=None if source.index is None else wanted.components, states=args.states,
         feedback=not args.no_feedback, work_dir=output.blocks, keep_work=True, seed=args.seed)
-    return {name: held[name] for name in wanted.components}, report
+    return {name: partial(save, held[name]) for name in wanted.components}, report
 
 
 def _target(args: argparse.Namespace, source: Source, wanted: Wanted) -> Any:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,6 +160,22 @@ def device_for(wanted: str, nbytes: int) -> str:
     return "cpu"
 
 
+def peak_memory() -> str:
+    """The most this process held, of the machine's memory and of a GPU's."""
+    import torch
+
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        found = []
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = [f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"]
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        found.append(f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU")
+    return ", ".join(found) or "not known here"
+
+
 def require_pillow() -> None:
     try:
         import PIL  # noqa: F401
@@ -179,5 +196,5 @@ def quiet_libraries(verbose: bool) -> None:
 
 
 __all__ = ["DTYPES", "Header", "Source", "check_there", "class_name", "device_for", "load_model", "load_pipeline",
-           "loading", "model_path", "quantization_of", "quiet_libraries", "require_pillow", "torch_dtype",
-           "weight_bytes", "weight_files"]
+           "loading", "model_path", "peak_memory", "quantization_of", "quiet_libraries", "require_pillow",
+           "torch_dtype", "weight_bytes", "weight_files"]

@@ -1,0 +1,137 @@
+"""Quantizing models straight from their files: opens them, finds calibration states, runs, and knows how to write."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate import State
+from ..checkpoint.build import model_class
+from ..checkpoint.own import dtype_argument
+from ..errors import NunchakuError
+from ..folders import read_json
+from ..quantize import Settings, runs_of
+from ..recipes import Recipe
+from ..report import Report, merged
+from .model import described, streamed
+from .pipeline import StreamedPipeline
+from .residence import Streamed
+from .run import StreamedRun, streamed_run
+from .weights import FolderWeights
+from .write import write_file, write_folder
+
+_STATES = "states.pt"
+
+
+class NotStreamable(Exception):  # noqa: N818 (a reason, not an error: there is another way)
+    """Why a model cannot be quantized block by block from its files, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prompts that a pipeline runs on. folder: of the pipeline, for its tokenizers and scheduler."""
+
+    folder: Path
+    prompts: Sequence[Any]
+    states: int = 16
+    feedback: bool = True
+
+
+def open_folders(folders: Mapping[str, Path], quantized: Iterable[str], beside: Iterable[str], dtype: torch.dtype,
+                 device: str) -> dict[str, Streamed]:
+    """Those of a pipeline's models that are quantized, and of those that only run beside them what can be streamed: the
+    pipeline itself loads the others."""
+    homes = {name: open_folder(folders[name], dtype, device) for name in quantized}
+    for name in beside:
+        with suppress(NotStreamable, NunchakuError):
+            homes[name] = open_folder(folders[name], dtype, device)
+    return homes
+
+
+def open_folder(folder: Path, dtype: torch.dtype, device: str) -> Streamed:
+    """The model of a folder, empty, and where its weights are."""
+    if not any(folder.glob("*.safetensors")):
+        raise NotStreamable(f"{folder}: its weights are not in safetensors files")
+    weights = FolderWeights(folder)
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        raise NunchakuError(f"{folder}: is already quantized; name the folder of the 16-bit model")
+    home = streamed(described(config, weights, dtype), weights, device)
+    if home is None:
+        raise NotStreamable(f"{folder}: its tensors have names that only {model_class(config, str(folder)).__name__} "
+                            f"itself understands")
+    return home
+
+
+def quantize_files(homes: Mapping[str, Streamed], recipes: Mapping[str, Recipe], settings: Settings,
+                   work_dir: Path, calibration: Calibration | None = None, progress: bool | None = None
+                   ) -> tuple[dict[str, StreamedRun], Report]:
+    """Quantize those of `homes` that have a recipe, one after the other; the finished blocks lie in `work_dir`.
+
+    With prompts the pipeline runs on all of `homes`. What is done is found again by the same call with `work_dir`."""
+    runs = runs_of({name: (homes[name].model, recipe) for name, recipe in recipes.items()}, settings,
+                   lambda name, _model, recipe, own: streamed_run(homes[name], recipe, own))
+    states = None if calibration is None else _states(homes, list(runs), settings, calibration, work_dir, progress)
+    reports = {}
+    for name, run in runs.items():
+        folder = work_dir / name if len(runs) > 1 else work_dir
+        reports[name] = run.run(None if states is None else states[name], calibration is None or calibration.feedback,
+                                folder, progress)
+    return runs, merged(reports)
+
+
+def write(run: StreamedRun, path: Path) -> None:
+    """A folder, or a file if its name says so."""
+    (write_file if path.suffix.lower() == ".safetensors" else write_folder)(run, path)
+
+
+# -------------------------------------------------------------------------------------------------------- calibration
+def _states(homes: Mapping[str, Streamed], names: list[str], settings: Settings, calibration: Calibration,
+            work_dir: Path, progress: bool | None) -> dict[str, list[State]]:
+    """Found by running the pipeline, or by an earlier run of the same command."""
+    kept = work_dir / _STATES
+    if kept.exists() and (found := _read(kept, names)) is not None:
+        return found
+    home = homes[names[0]]
+    dtype = next(home.model.parameters()).dtype
+    pipe = StreamedPipeline(_pipeline(calibration.folder, homes, dtype, home.device), homes, home.device)
+    states = pipe.states(names, list(calibration.prompts), calibration.states, settings.seed, progress)
+    _keep(states, kept)
+    return states
+
+
+def _pipeline(folder: Path, homes: Mapping[str, Streamed], dtype: torch.dtype, device: torch.device) -> Any:
+    """The pipeline's own class over empty models; what else belongs to it is small, and loaded."""
+    from diffusers import DiffusionPipeline
+
+    empty = {name: home.model for name, home in homes.items()}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, **empty, **dtype_argument(dtype), local_files_only=True)
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name not in homes:
+                part.to(device)
+        return pipe
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise NunchakuError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _keep(states: Mapping[str, list[State]], path: Path) -> None:
+    """For the same command after an interruption. Arguments that are neither tensors nor plain values are not kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({name: [(state.args, state.kwargs) for state in found] for name, found in states.items()}, partial)
+    os.replace(partial, path)
+
+
+def _read(path: Path, names: list[str]) -> dict[str, list[State]] | None:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: [State(tuple(args), kwargs) for args, kwargs in held[name]] for name in names}
+    except Exception:  # cut short, or of values that torch does not read back: they are found again
+        path.unlink(missing_ok=True)
+        return None
