@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import NunchakuError
 from ..folders import DENOISERS, checked_call
+from ..sizes import parse_size
 from .arguments import LARGEST_SEED, whole
 from .output import Output
 from .sources import (
@@ -69,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of everything random (default 0)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute in this type (default: the file's 16-bit type)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
+    add("--budget", metavar="SIZE",
+        help="memory that this may take, such as 8GB (of the GPU, if it computes); less than it needs is refused")
     add("--in-memory", action="store_true", help="read the models as a whole instead of block by block")
     add("--overwrite", action="store_true", help="replace OUT_DIR if it is there")
     add("--report", type=Path, metavar="DIR", help="write the report here too")
@@ -114,6 +117,10 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
         recipe_of(recipe)
     if args.states < 1 or args.rank is not None and args.rank < 0:
         raise NunchakuError(f"--states and --rank: expected numbers above 0, got {args.states} and {args.rank}")
+    if args.budget is not None:
+        parse_size(args.budget, "--budget")
+        if args.in_memory:
+            raise NunchakuError("--budget: models that are read --in-memory keep none")
     if args.prompts is not None and source.index is None:
         raise NunchakuError(f"{source.path}: prompts need a whole pipeline to run, this is a model alone")
     if args.out.suffix.lower() == ".safetensors" and len(components) > 1:
@@ -205,7 +212,8 @@ def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: 
         calibration = Calibration(source.path, wanted.prompts, args.states, not args.no_feedback)
     recipes = {name: recipe_of(recipe) for name, recipe in wanted.components.items()}
     settings = Settings(args.rank, wanted.rules, args.mode, args.seed)
-    runs, report = quantize_files(homes, recipes, settings, output.blocks, calibration)
+    budget = None if args.budget is None else parse_size(args.budget, "--budget")
+    runs, report = quantize_files(homes, recipes, settings, output.blocks, calibration, budget)
     return {name: partial(write, run) for name, run in runs.items()}, report
 
 

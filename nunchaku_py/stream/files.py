@@ -18,6 +18,7 @@ from ..folders import read_json
 from ..quantize import Settings, runs_of
 from ..recipes import Recipe
 from ..report import Report, merged
+from .budget import check, keep_within
 from .model import described, streamed
 from .pipeline import StreamedPipeline
 from .residence import Streamed
@@ -69,20 +70,32 @@ def open_folder(folder: Path, dtype: torch.dtype, device: str) -> Streamed:
 
 
 def quantize_files(homes: Mapping[str, Streamed], recipes: Mapping[str, Recipe], settings: Settings,
-                   work_dir: Path, calibration: Calibration | None = None, progress: bool | None = None
-                   ) -> tuple[dict[str, StreamedRun], Report]:
+                   work_dir: Path, calibration: Calibration | None = None, budget: int | None = None,
+                   progress: bool | None = None) -> tuple[dict[str, StreamedRun], Report]:
     """Quantize those of `homes` that have a recipe, one after the other; the finished blocks lie in `work_dir`.
 
-    With prompts the pipeline runs on all of `homes`. What is done is found again by the same call with `work_dir`."""
+    With prompts the pipeline runs on all of `homes`. What is done is found again by the same call with `work_dir`.
+    budget: bytes that this may take, of the GPU's memory if one computes, else of the process."""
     runs = runs_of({name: (homes[name].model, recipe) for name, recipe in recipes.items()}, settings,
                    lambda name, _model, recipe, own: streamed_run(homes[name], recipe, own))
-    states = None if calibration is None else _states(homes, list(runs), settings, calibration, work_dir, progress)
+    check_budget(runs, dict.fromkeys(runs, () if calibration else None), budget)
+    states: dict[str, list[State] | None] = dict.fromkeys(runs)
+    if calibration is not None:
+        states |= _states(homes, list(runs), settings, calibration, work_dir, progress)
+    check_budget(runs, states, budget)
     reports = {}
     for name, run in runs.items():
         folder = work_dir / name if len(runs) > 1 else work_dir
-        reports[name] = run.run(None if states is None else states[name], calibration is None or calibration.feedback,
-                                folder, progress)
+        feedback = calibration is None or calibration.feedback
+        reports[name] = run.run(states[name], feedback, folder, progress)
     return runs, merged(reports)
+
+
+def check_budget(runs: Mapping[str, StreamedRun], states: Mapping[str, Sequence[State] | None], budget: int | None
+                 ) -> None:
+    for name, run in runs.items() if budget is not None else ():
+        check(run, states[name], budget)
+        keep_within(budget, run.residence.device)
 
 
 def write(run: StreamedRun, path: Path) -> None:
