@@ -23,20 +23,21 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64,
     "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = {name: place for place, name in enumerate(DTYPE_BITS)}
 
 
 class TensorFile:
     """One safetensors file, or several that hold one model; a context manager.
 
-    tensors: what their headers say, by name. metadata: of all of them; where two disagree, of the first.
+    label: for sentences. tensors: what their headers say, by name. metadata: of all; where two disagree, of the first.
     `read` copies a tensor into memory of its own: pages of a mapped file would count as the process's beside what is
     made of them, and lie where the file puts them rather than where torch aligns what it allocates."""
 
     def __init__(self, paths: PathLike | Iterable[PathLike]) -> None:
         files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         self.paths = [Path(path) for path in files]
+        self.label = str(self.paths[0]) if self.paths else "no file"
         self.tensors: dict[str, TensorHeader] = {}
         self.metadata: dict[str, str] = {}
         self._path_of: dict[str, Path] = {}
@@ -71,24 +72,27 @@ class TensorFile:
         """The file that holds a tensor."""
         return self._path_of[name]
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A tensor in memory of its own; of its first axis only `rows`, (first, last + 1), where they are given."""
         if name not in self.tensors:
-            raise NunchakuError(f"{self.paths[0] if self.paths else 'no file'}: holds no tensor {shown(name)}")
+            raise NunchakuError(f"{self.label}: holds no tensor {shown(name)}")
         path, entry = self._path_of[name], self.tensors[name]
         label = f"{path}: {shown(name)}"
         if entry.dtype not in DTYPES:
             raise NunchakuError(f"{label}: dtype {shown(entry.dtype)} is not one that this release reads")
         try:
-            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")  # whatever torch's default is
+            shape = entry.shape if rows is None else (rows[1] - rows[0], *entry.shape[1:])
+            tensor = torch.empty(shape, dtype=DTYPES[entry.dtype], device="cpu")  # whatever torch's default is
         except RuntimeError as error:
             raise NunchakuError(f"{label}: there is no memory for its {entry.nbytes} bytes") from error
         try:
-            missing = self._fill(_bytes_of(tensor), path, entry.start)
+            memory = _bytes_of(tensor)
+            before = 0 if rows is None or not len(memory) else rows[0] * (len(memory) // shape[0])
+            missing = self._fill(memory, path, entry.start + before)
         except OSError as error:
             raise NunchakuError(f"{label}: cannot be read: {error}") from error
         if missing:
-            raise NunchakuError(f"{label}: cut short: {missing} of its {entry.nbytes} bytes are missing")
+            raise NunchakuError(f"{label}: cut short: {missing} of its {len(memory)} bytes are missing")
         return tensor
 
     def _fill(self, memory: memoryview, path: Path, start: int) -> int:
@@ -143,14 +147,14 @@ def _header_text(path: Path, layout: Layout, metadata: Mapping[str, str]) -> tup
             raise NunchakuError(f"{path}: {shown(key)} in its metadata has {len(value)} characters, "
                                 f"more than {METADATA}")
     for name, (_, dtype) in layout.items():
-        if dtype not in _NAMES:
+        if dtype not in NAMES:
             raise NunchakuError(f"{path}: {shown(name)}: safetensors files hold no {dtype}")
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     places, end = {}, 0
-    for name in sorted(layout, key=lambda name: (-_ORDER[_NAMES[layout[name][1]]], name)):
+    for name in sorted(layout, key=lambda name: (-_ORDER[NAMES[layout[name][1]]], name)):
         shape, dtype = layout[name]
         places[name], end = end, end + math.prod(shape) * dtype.itemsize
-        table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [places[name], end]}
+        table[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [places[name], end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     if len(text) > LONGEST:
         raise NunchakuError(f"{path}: its header would have {len(text)} bytes, more than {LONGEST}")

@@ -5,6 +5,7 @@ foreign names as tables), and the tensors of one weight become the Delta of each
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,35 +18,50 @@ from .lycoris import Fit, Misfit, Refused
 from .names import Names, Place
 from .tensors import State, same
 
-__all__ = ["Delta", "Reading", "Target", "read"]
+__all__ = ["Delta", "Found", "Reading", "Target", "check_shapes", "equal", "find", "read"]
 
 _CONTROL = "BFL FLUX control"
 
 
-def read(state: State, targets: Mapping[str, Target], *, most: int = 512, tolerance: float = 0.0) -> Reading:
-    """Read a LoRA for the models `targets`, for instance {"transformer": …} or {"unet": …, "text_encoder": …}.
+@dataclass(frozen=True)
+class Found:
+    """The weights of models that the keys of a file are of; what its tensors say is still to be assembled."""
 
-    Changes that are no LoRA (LoHa, LoKr, full differences) get at most the rank `most`. Where they need more, a part
-    of each up to `tolerance`, as a share of its Frobenius norm, may be left out.
+    format: str
+    state: State
+    groups: list[Group]
+    unread: list[str]
+
+
+def find(state: State, targets: Mapping[str, Target]) -> Found:
+    """Every key's weight, for the models `targets`, for instance {"transformer": …} or {"unet": …, "text_encoder": …}.
     """
     state, converted = nunchaku.unpacked(state)
     keys = [key for key in map(parse, state) if key is not None]
     if not keys:
         raise NunchakuError(f"no key is one of a LoRA, among {len(state)} keys: {some(sorted(state)) or 'none'}")
     if any(text.endswith(("query_norm.scale", "key_norm.scale")) for text in state):
-        return Reading(_CONTROL, {}, sorted(state), [])
+        return Found(_CONTROL, state, [], sorted(state))
     search = Search(state, targets)
     for key in keys:
         search.add(key)
     groups = [group for group in search.groups.values() if group.kind is not None]
     _check_halves(groups)
-    fit = Fit(most, tolerance)
-    deltas, left = _assemble(groups, state, fit)
-    fit.check()
     done = {key for group in groups for key in group.keys.values()} | search.doubles
     style = "Nunchaku's converted" if converted else _describe(search.found or keys, search.whose)
-    return Reading(style, _ordered(deltas, targets),
-                   sorted(set(state) - done | set(left)), fit.notes())
+    return Found(style, state, groups, sorted(set(state) - done))
+
+
+def read(state: State, targets: Mapping[str, Target], *, most: int = 512, tolerance: float = 0.0) -> Reading:
+    """Read a LoRA for the models `targets`.
+
+    Changes that are no LoRA (LoHa, LoKr, full differences) get at most the rank `most`. Where they need more, a part
+    of each up to `tolerance`, as a share of its Frobenius norm, may be left out.
+    """
+    found, fit = find(state, targets), Fit(most, tolerance)
+    deltas, left = _assemble(found.groups, found.state, fit)
+    fit.check()
+    return Reading(found.format, _ordered(deltas, targets), sorted({*found.unread, *left}), fit.notes())
 
 
 class Search:
@@ -113,16 +129,16 @@ def _assemble(groups: list[Group], state: State, fit: Fit) -> tuple[dict[tuple[s
         left += unread
         for module, delta in changed.items():
             place = group.component, module
-            if place in deltas and not _equal(deltas[place], delta):
+            if place in deltas and not equal(deltas[place], delta):
                 raise NunchakuError(f"{module}: changed twice, by {some(sorted(sources[place].keys.values()))} and by "
                                     f"{some(sorted(group.keys.values()))}")
             deltas.setdefault(place, delta)
             sources[place] = group
-    _check_shapes(misfits, len(groups))
+    check_shapes(misfits, len(groups))
     return deltas, left
 
 
-def _check_shapes(misfits: list[str], groups: int) -> None:
+def check_shapes(misfits: list[str], groups: int) -> None:
     if 2 * len(misfits) > groups > 1:
         raise NunchakuError(f"this LoRA is for another model: {len(misfits)} of {groups} changes have shapes that do "
                             f"not fit. {misfits[0]}")
@@ -130,13 +146,13 @@ def _check_shapes(misfits: list[str], groups: int) -> None:
         raise NunchakuError(f"shapes do not fit: {some(misfits)}")
 
 
-def _equal(first: Delta, second: Delta) -> bool:
-    def equal(a: Tensor | None, b: Tensor | None) -> bool:
+def equal(first: Delta, second: Delta) -> bool:
+    def alike(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b or (a is not None and b is not None and same(a, b))
 
-    return (first.alpha / first.rank == second.alpha / second.rank and equal(first.up, second.up)
-            and equal(first.down, second.down) and equal(first.bias, second.bias)
-            and equal(first.magnitude, second.magnitude))
+    return (first.alpha / first.rank == second.alpha / second.rank and alike(first.up, second.up)
+            and alike(first.down, second.down) and alike(first.bias, second.bias)
+            and alike(first.magnitude, second.magnitude))
 
 
 def _ordered(deltas: dict[tuple[str, str], Delta], targets: Mapping[str, Target]) -> dict[str, dict[str, Delta]]:

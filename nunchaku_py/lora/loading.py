@@ -26,7 +26,7 @@ _FETCH = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "fo
           "revision", "subfolder")
 _NORMS = ("query_norm.scale", "norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")
 MOST_RANKS = 512  # of what is no LoRA, and becomes one
-_TEXT = ("lora_te", "text_encoder", "te1_", "te2_", "te3_")
+TEXT = ("lora_te", "text_encoder", "te1_", "te2_", "te3_")
 _logger = logging.getLogger("nunchaku_py")
 inside: ContextVar[bool] = ContextVar("nunchaku_py_loading_lora", default=False)
 
@@ -206,7 +206,7 @@ def _check(reading: Reading, models: Mapping[str, nn.Module], allow_partial: boo
     if not any(reading.deltas.values()):
         raise NunchakuError(f"this LoRA ({reading.format}) changes no module of {_classes(models)}: it is for another "
                             f"model. Its keys: {some(reading.unread)}")
-    absent = [key for key in reading.unread if key.startswith(_TEXT)]
+    absent = [key for key in reading.unread if key.startswith(TEXT)]
     others = [key for key in reading.unread if key not in absent]
     if others and not allow_partial:
         found = sum(map(len, reading.deltas.values()))

@@ -1,1 +1,1 @@
-"""Models larger than memory: built empty, computed and quantized block by block from files, written as they come."""
+"""Quantizing a model without ever holding it: 16-bit weights are read tensor by tensor, whatever file they lie in."""
