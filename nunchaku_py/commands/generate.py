@@ -3,13 +3,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..demo import shipped
 from ..errors import NunchakuError
 from ..folders import DENOISERS, read_json
 from .arguments import BACKENDS, LARGEST_SEED, whole
@@ -18,6 +16,7 @@ from .sources import (
     check_there,
     device_for,
     loading,
+    lora_path,
     model_path,
     quantization_of,
     quiet_libraries,
@@ -101,20 +100,6 @@ def _load(source: Source, args: argparse.Namespace) -> Any:
         pipe = load(source.path, args.mode, torch_dtype(args.dtype or _dtype(source)))
     pipe.set_progress_bar_config(disable=None)  # tqdm: only where somebody watches
     return pipe
-
-
-def lora_path(text: str) -> tuple[Path, float]:
-    """An argparse type: FILE or FILE:STRENGTH; of shipped LoRAs the name is enough."""
-    name, _, strength = text.rpartition(":")
-    try:
-        weight = float(strength) if name else 1.0
-    except ValueError:
-        name, weight = "", 1.0
-    if not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f"the strength of {text!r} is not a finite number")
-    name = name or text
-    path = Path(name)
-    return (shipped.lora(name) if name in shipped.LORAS and not path.exists() else path), weight
 
 
 def _put_on(pipe: Any, loras: Sequence[tuple[Path, float]]) -> None:

@@ -22,6 +22,7 @@ from .sources import (
     device_for,
     load_model,
     load_pipeline,
+    lora_path,
     model_path,
     peak_memory,
     quiet_libraries,
@@ -51,8 +52,9 @@ _log = logging.getLogger("nunchaku_py")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=model_path, metavar="MODEL_DIR",
-        help="a pipeline or model folder of 16- or 32-bit weights, or tiny-flux, or tiny-sdxl")
+    add("model", type=model_path, metavar="MODEL",
+        help="a pipeline or model folder of 16- or 32-bit weights, a .safetensors or .gguf file of a denoiser, or "
+             "tiny-flux, or tiny-sdxl")
     add("out", type=Path, metavar="OUT_DIR", help="a new folder, or a new file ending in .safetensors")
     add("--recipe", default="svdquant-int4", metavar="NAME",
         help="svdquant-int4 (default), svdquant-nvfp4, rtn-int4, rtn-nvfp4 or w4a16-int4")
@@ -70,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of everything random (default 0)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute in this type (default: the file's 16-bit type)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
+    add("--into", type=model_path, metavar="PIPELINE_DIR",
+        help="OUT_DIR becomes this pipeline, with the model in place of its own; prompts run through it")
+    add("--config", type=Path, metavar="DIR", help="of a file: the folder of a model or pipeline of the same kind")
+    add("--lora", type=lora_path, action="append", metavar="FILE[:STRENGTH]",
+        help="fuse a LoRA into the 16-bit weights first; may be repeated (it can as well be loaded later, as it is)")
     add("--budget", metavar="SIZE",
         help="memory that this may take, such as 8GB (of the GPU, if it computes); less than it needs is refused")
     add("--in-memory", action="store_true", help="read the models as a whole instead of block by block")
@@ -88,9 +95,9 @@ class Wanted:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = Source.of(args.model)
+    source = Source.of_weights(args.model, args.into)
     wanted = _wanted(args, source)
-    output = Output.at(args.out, args.model, args.overwrite)
+    output = Output.at(args.out, args.into or args.model, args.overwrite)
     source.check(list(source.models) if wanted.prompts else list(wanted.components))
     quiet_libraries(args.verbose)  # slow: it imports them
     output.open(_settings(args, wanted))
@@ -119,10 +126,14 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
         raise NunchakuError(f"--states and --rank: expected numbers above 0, got {args.states} and {args.rank}")
     if args.budget is not None:
         parse_size(args.budget, "--budget")
-        if args.in_memory:
-            raise NunchakuError("--budget: models that are read --in-memory keep none")
+    given = [option for option in ("budget", "config", "into", "lora") if getattr(args, option)]
+    if args.in_memory and (given or source.placed):
+        raise NunchakuError(f"--in-memory: only whole folders are read so, and without --{(*given, 'lora')[0]}")
+    if args.config is not None and args.model.is_dir():
+        raise NunchakuError(f"--config: {args.model} is a folder, which has a config of its own")
     if args.prompts is not None and source.index is None:
-        raise NunchakuError(f"{source.path}: prompts need a whole pipeline to run, this is a model alone")
+        raise NunchakuError(f"{source.path}: prompts need a whole pipeline to run, this is a model alone; "
+                            f"--into PIPELINE_DIR names one")
     if args.out.suffix.lower() == ".safetensors" and len(components) > 1:
         raise NunchakuError(f"{args.out}: one file holds one model, {len(components)} components are to be quantized")
     prompts = None if args.prompts is None else _prompts(args.prompts, source.call)
@@ -141,7 +152,7 @@ def _components(args: argparse.Namespace, source: Source) -> dict[str, str]:
         return {"": args.recipe}
     models = source.models
     chosen = dict(_pair(text, "--component", "NAME", args.recipe) for text in args.component)
-    chosen = chosen or {name: args.recipe for name in DENOISERS if name in models}
+    chosen = chosen or {name: args.recipe for name in source.placed or DENOISERS if name in models}
     unknown = [name for name in chosen if name not in models]
     if unknown or not chosen:
         what = f"component {unknown[0]!r}" if unknown else "transformer or unet"
@@ -182,8 +193,11 @@ def _prompt(line: str, where: str, usual: dict[str, Any]) -> str | dict[str, Any
 def _settings(args: argparse.Namespace, wanted: Wanted) -> str:
     """What unfinished work depends on, beyond what the blocks themselves remember."""
     prompts = hashlib.sha256(json.dumps(wanted.prompts).encode()).hexdigest()[:16]
-    return json.dumps({"model": str(args.model.resolve()), "components": wanted.components, "rules": wanted.rules,
-                       "prompts": prompts if wanted.prompts else None, "dtype": wanted.dtype, "mode": args.mode})
+    loras = [(str(path.resolve()), strength) for path, strength in args.lora or ()]
+    more = {name: str(path.resolve()) for name in ("into", "config") if (path := getattr(args, name)) is not None}
+    return json.dumps({"model": str(args.model.resolve()), **more, "loras": loras, "components": wanted.components,
+                       "rules": wanted.rules, "prompts": prompts if wanted.prompts else None, "dtype": wanted.dtype,
+                       "mode": args.mode})
 
 
 def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
@@ -194,6 +208,8 @@ def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output:
         try:
             return _streamed(args, source, wanted, output)
         except NotStreamable as reason:
+            if args.lora or source.placed:
+                raise NunchakuError(f"{reason}, so --lora and --into do not work with it") from reason
             print(f"note: {reason}: it is read into memory as a whole", file=sys.stderr)
     return _in_memory(args, source, wanted, output)
 
@@ -201,12 +217,14 @@ def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output:
 def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
     from ..quantize import Settings
     from ..recipes import recipe_of
-    from ..stream.files import Calibration, open_folders, quantize_files, write
+    from ..stream.files import Calibration, Opening, quantize_files, write
 
     device = device_for(args.device, 0)
     _log.info("streaming %s in %s onto %s", source.path, wanted.dtype, device)
     beside = set(source.models) - set(wanted.components) if wanted.prompts else set()
-    homes = open_folders(source.components, wanted.components, beside, torch_dtype(wanted.dtype), device)
+    config = args.config or next((source.path / name for name in source.placed if name), None)
+    opening = Opening(torch_dtype(wanted.dtype), device, config, args.lora or (), print)
+    homes = opening.all(source.components, wanted.components, beside)
     calibration = None
     if wanted.prompts:
         calibration = Calibration(source.path, wanted.prompts, args.states, not args.no_feedback)

@@ -1,19 +1,22 @@
 """What lies in a folder: a diffusers pipeline, a model, or neither; read from disk, never from the network."""
 from __future__ import annotations
 
+import argparse
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.headers import Header, read_header
 from ..demo import shipped
 from ..errors import NunchakuError
-from ..folders import read_call, read_json
+from ..folders import DENOISERS, read_call, read_json
 
+WEIGHT_FILES = (".safetensors", ".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth")  # the pickles are refused by name
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "bf16"}  # 32-bit files are run and quantized in 16 bit
 
@@ -22,6 +25,20 @@ def model_path(text: str) -> Path:
     """An argparse type: what lies at this path, or else where the shipped pipeline of this name belongs."""
     path = Path(text)
     return path if text not in shipped.CALLS or path.exists() else shipped.WEIGHTS / text
+
+
+def lora_path(text: str) -> tuple[Path, float]:
+    """An argparse type: FILE or FILE:STRENGTH; of shipped LoRAs the name is enough."""
+    name, _, strength = text.rpartition(":")
+    try:
+        weight = float(strength) if name else 1.0
+    except ValueError:
+        name, weight = "", 1.0
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"the strength of {text!r} is not a finite number")
+    name = name or text
+    path = Path(name)
+    return (shipped.lora(name) if name in shipped.LORAS and not path.exists() else path), weight
 
 
 def check_there(path: Path) -> None:
@@ -34,10 +51,12 @@ def check_there(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder that can be quantized or run. `index`: model_index.json of a pipeline, None for a model."""
+    """A folder that can be quantized or run. index: model_index.json of a pipeline, None for a model. placed: component
+    → the file or folder of a model that stands in place of the pipeline's own, or ("") is all there is."""
 
     path: Path
     index: dict[str, Any] | None
+    placed: dict[str, Path] = field(default_factory=dict)
 
     @staticmethod
     def of(path: Path) -> Source:
@@ -53,13 +72,34 @@ class Source:
             return Source(path, None)
         raise NunchakuError(f"{path}: neither a pipeline (model_index.json) nor a model (config.json)")
 
+    @staticmethod
+    def of_weights(path: Path, into: Path | None = None) -> Source:
+        """The same, or a file of 16-bit weights; into: a pipeline whose denoiser they are to be."""
+        if into is not None:
+            return Source.of(into)._with(path)
+        if path.is_file() and path.suffix.lower() in WEIGHT_FILES:
+            return Source(path, None, {"": path})
+        return Source.of(path)
+
+    def _with(self, path: Path) -> Source:
+        check_there(path)
+        if self.index is None:
+            raise NunchakuError(f"--into: {self.path} is no pipeline folder (model_index.json)")
+        if (path / "model_index.json").is_file():
+            raise NunchakuError(f"--into: {path} is a pipeline already; name a model to put into {self.path}")
+        names = [name for name in DENOISERS if name in self.components]
+        if len(names) != 1:
+            raise NunchakuError(f"--into: {self.path} has {len(names)} denoisers ({', '.join(names) or 'none'}), so "
+                                f"where {path} belongs does not show")
+        return replace(self, placed={names[0]: path})
+
     @property
     def components(self) -> dict[str, Path]:
         """Name → folder of every part of a pipeline that is there; a model alone has the name ""."""
         if self.index is None:
             return {"": self.path}
         named = [name for name, value in self.index.items() if isinstance(value, list) and value and value[0]]
-        return {name: self.path / name for name in named if (self.path / name).is_dir()}
+        return {name: self.path / name for name in named if (self.path / name).is_dir()} | self.placed
 
     @property
     def models(self) -> dict[str, Path]:
@@ -75,27 +115,34 @@ class Source:
     def check(self, names: Iterator[str] | list[str]) -> None:
         """Refuse truncated or corrupted weights before anything is built from them."""
         for name in names:
-            for file in sorted(self.components[name].glob("*.safetensors")):
+            for file in tensor_files(self.components[name]):
                 read_header(file)
 
     def dtype(self, names: list[str]) -> str:
         """The 16-bit type most of the weights are stored in: "bf16" or "fp16"."""
         stored: Counter[str] = Counter()
         for name in names:
-            for file in self.components[name].glob("*.safetensors"):
+            for file in tensor_files(self.components[name]):
                 for tensor in read_header(file).tensors.values():
                     stored[tensor.dtype] += tensor.nbytes
         known = [_STORED[dtype] for dtype, _ in stored.most_common() if dtype in _STORED]
         return known[0] if known else "bf16"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    return [file for suffix in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{suffix}"))]
+def weight_files(path: Path) -> list[Path]:
+    """Those of a folder, or the one that it is itself."""
+    if path.is_file():
+        return [path]
+    return [file for suffix in ("safetensors", "bin") for file in sorted(path.glob(f"*.{suffix}"))]
+
+
+def tensor_files(path: Path) -> list[Path]:
+    return [file for file in weight_files(path) if file.suffix == ".safetensors"]
 
 
 def weight_bytes(folder: Path) -> int:
     """Of the safetensors files if there are any, else of the others."""
-    files = sorted(folder.glob("*.safetensors")) or weight_files(folder)
+    files = tensor_files(folder) or weight_files(folder)
     return sum(file.stat().st_size for file in files)
 
 
@@ -196,5 +243,5 @@ def quiet_libraries(verbose: bool) -> None:
 
 
 __all__ = ["DTYPES", "Header", "Source", "check_there", "class_name", "device_for", "load_model", "load_pipeline",
-           "loading", "model_path", "peak_memory", "quantization_of", "quiet_libraries", "require_pillow",
-           "torch_dtype", "weight_bytes", "weight_files"]
+           "loading", "lora_path", "model_path", "peak_memory", "quantization_of", "quiet_libraries", "require_pillow",
+           "tensor_files", "torch_dtype", "weight_bytes", "weight_files"]

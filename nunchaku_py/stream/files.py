@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,17 @@ from ..calibrate import State
 from ..checkpoint.build import model_class
 from ..checkpoint.own import dtype_argument
 from ..errors import NunchakuError
-from ..folders import read_json
+from ..folders import DENOISERS
 from ..quantize import Settings, runs_of
 from ..recipes import Recipe
 from ..report import Report, merged
 from .budget import check, keep_within
+from .fused import fuse
 from .model import described, streamed
 from .pipeline import StreamedPipeline
 from .residence import Streamed
 from .run import StreamedRun, streamed_run
-from .weights import FolderWeights
+from .sources import open_source
 from .write import write_file, write_folder
 
 _STATES = "states.pt"
@@ -43,30 +44,41 @@ class Calibration:
     feedback: bool = True
 
 
-def open_folders(folders: Mapping[str, Path], quantized: Iterable[str], beside: Iterable[str], dtype: torch.dtype,
-                 device: str) -> dict[str, Streamed]:
-    """Those of a pipeline's models that are quantized, and of those that only run beside them what can be streamed: the
-    pipeline itself loads the others."""
-    homes = {name: open_folder(folders[name], dtype, device) for name in quantized}
-    for name in beside:
-        with suppress(NotStreamable, NunchakuError):
-            homes[name] = open_folder(folders[name], dtype, device)
-    return homes
+@dataclass(frozen=True)
+class Opening:
+    """How models are opened. config: for files, the folder of a model of the same kind. loras: (file, strength), fused
+    into the denoisers."""
 
+    dtype: torch.dtype
+    device: str = "cpu"
+    config: Path | None = None
+    loras: Sequence[tuple[Path, float]] = ()
+    say: Callable[[str], None] = lambda note: None
 
-def open_folder(folder: Path, dtype: torch.dtype, device: str) -> Streamed:
-    """The model of a folder, empty, and where its weights are."""
-    if not any(folder.glob("*.safetensors")):
-        raise NotStreamable(f"{folder}: its weights are not in safetensors files")
-    weights = FolderWeights(folder)
-    config = read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        raise NunchakuError(f"{folder}: is already quantized; name the folder of the 16-bit model")
-    home = streamed(described(config, weights, dtype), weights, device)
-    if home is None:
-        raise NotStreamable(f"{folder}: its tensors have names that only {model_class(config, str(folder)).__name__} "
-                            f"itself understands")
-    return home
+    def all(self, paths: Mapping[str, Path], quantized: Iterable[str], beside: Iterable[str]) -> dict[str, Streamed]:
+        """Those of a pipeline's models that are quantized, and of those that only run beside them what can be streamed:
+        the pipeline itself loads the others."""
+        homes = {name: self.one(name, paths[name]) for name in quantized}
+        for name in beside:
+            with suppress(NotStreamable, NunchakuError):
+                homes[name] = self.one(name, paths[name])
+        return homes
+
+    def one(self, name: str, path: Path) -> Streamed:
+        """The model of a folder or file, empty, and where its weights are. name: of the component, "" for a model
+        alone."""
+        if path.is_dir() and not any(path.glob("*.safetensors")):
+            raise NotStreamable(f"{path}: its weights are not in safetensors files")
+        config, weights = open_source(path, None if path.is_dir() else self.config)
+        if self.loras and name in ("", *DENOISERS):
+            weights = fuse(weights, config, self.loras)
+        for note in getattr(weights, "notes", ()):
+            self.say(note)
+        home = streamed(described(config, weights, self.dtype), weights, self.device)
+        if home is None:
+            raise NotStreamable(f"{path}: its tensors have names that only "
+                                f"{model_class(config, str(path)).__name__} itself understands")
+        return home
 
 
 def quantize_files(homes: Mapping[str, Streamed], recipes: Mapping[str, Recipe], settings: Settings,

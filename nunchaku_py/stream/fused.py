@@ -35,7 +35,10 @@ class Lora:
     def __init__(self, path: Path, strength: float, target: Target) -> None:
         component = "unet" if "UNet" in target.cls else "transformer"
         self.path, self.strength = path, strength
-        found = find(_tensors(path), {component: target})
+        try:
+            found = find(_tensors(path), {component: target})
+        except NunchakuError as error:
+            raise error if str(path) in str(error) else NunchakuError(f"{path}: {error}") from None
         self._state = found.state
         self.with_bias: set[str] = set()
         self._group_of, left = self._checked(found.groups)

@@ -93,7 +93,7 @@ def check_16_bit(label: str, tensors: Mapping[str, TensorHeader]) -> None:
     found = found or next((name for name in tensors if ".quant_state." in name), None)
     found = found or next((name for name, tensor in tensors.items() if tensor.dtype not in DTYPES), None)
     if found is not None:
-        raise NunchakuError(f"{label}: is quantized already (it holds {shown(found)}, {tensors[found].dtype}); "
+        raise NunchakuError(f"{label}: is already quantized (it holds {shown(found)}, {tensors[found].dtype}); "
                             "quantizing needs the 16-bit weights that it was made from")
 
 

@@ -35,7 +35,7 @@ def _open_folder(path: Path) -> tuple[dict[str, Any], Weights]:
         raise NunchakuError(f"{path}: holds no config.json, so it is no model's folder")
     config = read_json(path / "config.json")
     if config.get("quantization_config"):
-        raise NunchakuError(f"{path}: is quantized already; quantizing needs the 16-bit weights that it was made from")
+        raise NunchakuError(f"{path}: is already quantized; quantizing needs the 16-bit weights that it was made from")
     weights = FolderWeights(path)
     check_16_bit(weights.label, weights.tensors)
     return config, in_16_bit(weights, weights.metadata)

@@ -14,6 +14,7 @@ from ..errors import NunchakuError
 from ..folders import read_json
 
 _INDEX = ".safetensors.index.json"
+_USUAL = ("diffusion_pytorch_model", "model")
 
 
 class Weights(Protocol):
@@ -55,6 +56,11 @@ class FolderWeights:
 
 def _opened(folder: Path) -> TensorFile:
     indices, files = sorted(folder.glob(f"*{_INDEX}")), sorted(folder.glob("*.safetensors"))
+    for stem in _USUAL:  # what the libraries read unasked; beside it may lie variants, such as model.fp16.safetensors
+        if (folder / f"{stem}{_INDEX}") in indices:
+            return _sharded(folder, folder / f"{stem}{_INDEX}")
+        if (folder / f"{stem}.safetensors") in files:
+            return TensorFile(folder / f"{stem}.safetensors")
     if len(indices) == 1 and all(_is_shard_of(indices[0], file) for file in files):
         return _sharded(folder, indices[0])
     if len(files) == 1 and not indices:

@@ -24,7 +24,7 @@ from nunchaku_py.errors import NunchakuError
 from nunchaku_py.quantize import Settings
 from nunchaku_py.recipes import RECIPES
 from nunchaku_py.stream import files, write
-from nunchaku_py.stream.files import Calibration, NotStreamable, open_folder, open_folders, quantize_files
+from nunchaku_py.stream.files import Calibration, NotStreamable, Opening, quantize_files
 from nunchaku_py.stream.residence import Streamed
 from nunchaku_py.stream.run import StreamedRun
 from tests.checks import QUICK, files_in
@@ -52,7 +52,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, work: Path, recipe: Any = QUICK, **settings: Any) -> StreamedRun:
-    runs, _ = quantize_files({"": open_folder(folder, BF16, "cpu")}, {"": recipe}, Settings(**settings), work)
+    runs, _ = quantize_files({"": Opening(BF16).one("", folder)}, {"": recipe}, Settings(**settings), work)
     return runs[""]
 
 
@@ -85,7 +85,7 @@ def test_one_file(flux: Path, tmp_path: Path) -> None:
 
 def calibrated(pipeline: Path, names: dict[str, Any], work: Path, feedback: bool = True) -> tuple[dict, Any]:
     parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
-    homes = open_folders(parts, names, set(parts) - set(names), BF16, "cpu")
+    homes = Opening(BF16).all(parts, names, set(parts) - set(names))
     return quantize_files(homes, names, Settings(), work, Calibration(pipeline, PROMPTS, 5, feedback))
 
 
@@ -157,7 +157,7 @@ def test_text_encoders_give_their_memory_to_the_denoiser(pipeline: Path, tmp_pat
 
     monkeypatch.setattr(Streamed, "of", watched)
     parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
-    homes |= open_folders(parts, ["transformer"], set(parts) - {"transformer"}, BF16, "cpu")
+    homes |= Opening(BF16).all(parts, ["transformer"], set(parts) - {"transformer"})
     quantize_files(homes, {"transformer": QUICK}, Settings(), tmp_path / "work", Calibration(pipeline, PROMPTS, 4))
     blocks = len(homes["transformer"].blocks)
     encoders = [entry for entry in loaded if "Flux" not in entry[0]]
@@ -246,9 +246,9 @@ def test_damaged_models_are_refused_in_a_sentence(flux: Path, tmp_path: Path) ->
     name = "transformer_blocks.1.attn.to_q.weight"
     lacking = changed(flux, tmp_path / "lacking", lambda tensors: tensors.pop(name))
     with pytest.raises((NunchakuError, NotStreamable), match="names that only|missing"):
-        open_folder(lacking, BF16, "cpu")
+        Opening(BF16).one("", lacking)
     with pytest.raises(NunchakuError, match=r"transformer_blocks.1.attn.to_q.weight: expected \(\d+, \d+\), got"):
-        open_folder(changed(flux, tmp_path / "shape", lambda t: t.update({name: torch.zeros(3, 5)})), BF16, "cpu")
+        Opening(BF16).one("", changed(flux, tmp_path / "shape", lambda t: t.update({name: torch.zeros(3, 5)})))
     nan = changed(flux, tmp_path / "nan", lambda tensors: tensors[name].fill_(torch.nan))
     with pytest.raises(NunchakuError, match="to_q.weight: holds NaN or infinite"):
         run(nan, tmp_path / "work")
@@ -258,19 +258,19 @@ def test_damaged_models_are_refused_in_a_sentence(flux: Path, tmp_path: Path) ->
 def test_a_quantized_folder_is_refused(flux: Path, tmp_path: Path) -> None:
     files.write(run(flux, tmp_path / "work"), tmp_path / "done")
     with pytest.raises(NunchakuError, match="already quantized"):
-        open_folder(tmp_path / "done", BF16, "cpu")
+        Opening(BF16).one("", tmp_path / "done")
 
 
 def test_pickled_weights_are_no_stream(flux: Path, tmp_path: Path) -> None:
     shutil.copytree(flux, tmp_path / "bin")
     next((tmp_path / "bin").glob("*.safetensors")).rename(tmp_path / "bin/diffusion_pytorch_model.bin")
     with pytest.raises(NotStreamable, match="not in safetensors"):
-        open_folder(tmp_path / "bin", BF16, "cpu")
+        Opening(BF16).one("", tmp_path / "bin")
 
 
 # -------------------------------------------------------------------------------------------------------------- budget
 def test_a_budget_below_the_need_is_refused_before_any_work(flux: Path, tmp_path: Path) -> None:
-    home = {"": open_folder(flux, BF16, "cpu")}
+    home = {"": Opening(BF16).one("", flux)}
     with pytest.raises(NunchakuError, match=r"budget of 100.00 MB: quantizing Flux\w+ takes about \d+.\d+ MB"):
         quantize_files(home, {"": QUICK}, Settings(), tmp_path / "work", budget=10**8)
     assert not (tmp_path / "work").exists()
@@ -281,7 +281,7 @@ def test_states_count_in_the_budget(flux: Path, tmp_path: Path) -> None:
     from nunchaku_py.stream.budget import needs_of
     from nunchaku_py.stream.run import streamed_run
 
-    done = streamed_run(open_folder(flux, BF16, "cpu"), RECIPES["svdquant-int4"], Settings())
+    done = streamed_run(Opening(BF16).one("", flux), RECIPES["svdquant-int4"], Settings())
     one = State((), {"hidden_states": torch.zeros(1, 4096, 64, dtype=BF16)})
     totals = [sum(need.nbytes for need in needs_of(done, states)) for states in (None, (), [one], [one] * 8)]
     assert totals == sorted(totals) and len(set(totals)) == 4

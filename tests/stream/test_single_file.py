@@ -248,11 +248,11 @@ def test_a_converter_that_looks_at_numbers(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("more", "said"), [
-    ({"blocks.0.a.qweight": torch.ones(2, dtype=torch.int8)}, r"quantized already \(it holds blocks.0.a.qweight, I8\)"),
-    ({"a.weight.absmax": torch.ones(2)}, "quantized already"),
-    ({"a.weight.quant_state.bitsandbytes__nf4": torch.ones(2, dtype=torch.uint8)}, "quantized already"),
-    ({"a.codes": torch.ones(2, dtype=torch.uint8)}, "quantized already"),
-    ({"a.weight_scale_2": torch.ones(1)}, "quantized already"),
+    ({"blocks.0.a.qweight": torch.ones(2, dtype=torch.int8)}, r"already quantized \(it holds blocks.0.a.qweight, I8\)"),
+    ({"a.weight.absmax": torch.ones(2)}, "already quantized"),
+    ({"a.weight.quant_state.bitsandbytes__nf4": torch.ones(2, dtype=torch.uint8)}, "already quantized"),
+    ({"a.codes": torch.ones(2, dtype=torch.uint8)}, "already quantized"),
+    ({"a.weight_scale_2": torch.ones(1)}, "already quantized"),
     ({"a.lora_A.weight": torch.ones(1, 2)}, "is a LoRA, no model"),
 ])
 def test_what_is_quantized_is_refused(more: State, said: str, tmp_path: Path) -> None:

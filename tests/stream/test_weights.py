@@ -111,7 +111,7 @@ def test_a_folder_that_is_quantized(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "x"}}))
-    with pytest.raises(NunchakuError, match="is quantized already"):
+    with pytest.raises(NunchakuError, match="is already quantized"):
         open_source(tmp_path)
 
 
