@@ -32,9 +32,10 @@ from .sources import (
 
 SUMMARY = "quantize a pipeline or a model to 4 bits"
 DESCRIPTION = """\
-Quantize a diffusers pipeline (a folder with model_index.json) or one model (a folder with config.json) from disk.
-OUT_DIR becomes a complete pipeline or model folder that diffusers loads by itself; a name that ends in .safetensors
-becomes one file with the model alone. The report lies in it as report.txt, report.json and report.csv.
+Quantize a diffusers pipeline (a folder with model_index.json), one model (a folder with config.json) or a single file of
+16-bit weights. OUT_DIR becomes a complete pipeline or model folder that diffusers loads by itself; a name that ends in
+.safetensors becomes one file with the model alone. The report lies in it as report.txt, report.json and report.csv.
+A block is read, quantized and written before the next is read, so models larger than memory can be quantized.
 
 Without --prompts no data is needed. With it, the pipeline runs on the prompts and the quantization is fitted to what
 the layers then see. Work is kept in OUT_DIR.partial: when interrupted, the same command goes on where it stopped."""
@@ -43,6 +44,8 @@ EXAMPLES = """\
   nunchaku-py quantize ./FLUX.1-dev ./FLUX.1-dev-int4
   nunchaku-py quantize ./FLUX.1-dev ./FLUX.1-dev-nvfp4 --recipe svdquant-nvfp4 --prompts prompts.txt --states 32
   nunchaku-py quantize ./FLUX.1-dev/transformer ./flux-int4.safetensors
+  nunchaku-py quantize ./my-fine-tune.safetensors ./my-int4 --into ./FLUX.1-dev --budget 8GB
+  nunchaku-py quantize ./FLUX.1-dev ./out --lora ./style.safetensors:0.8
   nunchaku-py quantize ./model ./out --rule "*.ff.*=w4a16" --rule "blocks.0.*=keep"
   nunchaku-py quantize ./FLUX.1-dev ./out --component transformer --component text_encoder_2=w4a16-int4
 """

@@ -25,7 +25,7 @@ def flux() -> Path:
 
 @pytest.fixture(scope="module")
 def single(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped transformer in one file, with ComfyUI's prefix (diffusers converts BFL's names at 3072 channels only)."""
+    """The shipped transformer in one file with ComfyUI's prefix: BFL's names diffusers converts at FLUX's size only."""
     state = load_file(next((flux / "transformer").glob("*.safetensors")))
     file = tmp_path_factory.mktemp("files") / "fine-tune.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in makers.prefixed(state).items()}, file)

@@ -86,7 +86,11 @@ def test_an_index_that_leaves_its_folder(shards: Path) -> None:
 
 
 def test_two_models_in_a_folder(shards: Path) -> None:
-    write(shards / "other.safetensors", {"a": torch.ones(1)})
+    """The one of the usual name is read, as diffusers does; without one it does not show which."""
+    usual = set(FolderWeights(shards).tensors)
+    write(shards / "model.fp16.safetensors", {"a": torch.ones(1)})
+    assert set(FolderWeights(shards).tensors) == usual
+    (shards / INDEX).unlink()
     with pytest.raises(NunchakuError, match="which of them is the model"):
         FolderWeights(shards)
 
