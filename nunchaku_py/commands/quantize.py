@@ -32,7 +32,7 @@ from .sources import (
 
 SUMMARY = "quantize a pipeline or a model to 4 bits"
 DESCRIPTION = """\
-Quantize a diffusers pipeline (a folder with model_index.json), one model (a folder with config.json) or a single file of
+Quantize a diffusers pipeline (a folder with model_index.json), one model (a folder with config.json), or a file of
 16-bit weights. OUT_DIR becomes a complete pipeline or model folder that diffusers loads by itself; a name that ends in
 .safetensors becomes one file with the model alone. The report lies in it as report.txt, report.json and report.csv.
 A block is read, quantized and written before the next is read, so models larger than memory can be quantized.

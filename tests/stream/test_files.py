@@ -285,3 +285,22 @@ def test_states_count_in_the_budget(flux: Path, tmp_path: Path) -> None:
     one = State((), {"hidden_states": torch.zeros(1, 4096, 64, dtype=BF16)})
     totals = [sum(need.nbytes for need in needs_of(done, states)) for states in (None, (), [one], [one] * 8)]
     assert totals == sorted(totals) and len(set(totals)) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------------ GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompts", [None, PROMPTS])
+def test_on_a_gpu_within_a_budget(pipeline: Path, tmp_path: Path, prompts: list | None) -> None:
+    """The same blocks as on a CPU but for the last bits of sums; nothing of it stays on the GPU."""
+    parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
+    states = None if prompts is None else Calibration(pipeline, prompts, 4)
+    before, made = torch.cuda.memory_allocated(), {}
+    for device in ("cuda", "cpu"):
+        homes = Opening(BF16, device).all(parts, ["transformer"], set(parts) - {"transformer"})
+        runs, report = quantize_files(homes, {"transformer": RECIPES["svdquant-int4"]}, Settings(), tmp_path / device,
+                                      states, budget=2 * 10**9)
+        files.write(runs["transformer"], tmp_path / f"{device}.safetensors")
+        made[device] = [list(row.errors.values())[-1] for row in report.rows]
+    assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() < 2 * 10**9
+    assert made["cuda"] == pytest.approx(made["cpu"], rel=0.05)
+    nq.load(tmp_path / "cuda.safetensors")
