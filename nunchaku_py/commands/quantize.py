@@ -226,11 +226,12 @@ def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: 
     _log.info("streaming %s in %s onto %s", source.path, wanted.dtype, device)
     beside = set(source.models) - set(wanted.components) if wanted.prompts else set()
     config = args.config or next((source.path / name for name in source.placed if name), None)
-    opening = Opening(torch_dtype(wanted.dtype), device, config, args.lora or (), print)
+    dtype = torch_dtype(wanted.dtype)
+    opening = Opening(dtype, device, config, args.lora or (), whole=args.budget is None, say=print)
     homes = opening.all(source.components, wanted.components, beside)
     calibration = None
     if wanted.prompts:
-        calibration = Calibration(source.path, wanted.prompts, args.states, not args.no_feedback)
+        calibration = Calibration(source.path, dtype, wanted.prompts, args.states, not args.no_feedback)
     recipes = {name: recipe_of(recipe) for name, recipe in wanted.components.items()}
     settings = Settings(args.rank, wanted.rules, args.mode, args.seed)
     budget = None if args.budget is None else parse_size(args.budget, "--budget")

@@ -1,7 +1,7 @@
 """What quantizing from files takes in memory, known before it begins: a budget is kept or refused, not broken."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,16 +28,30 @@ class Need:
 
 def check(run: StreamedRun, states: Sequence[State] | None, budget: int) -> None:
     """Refuse a budget below what this run takes."""
-    needs = needs_of(run, states)
-    total = sum(need.nbytes for need in needs)
-    if total <= budget:
-        return
-    most = sorted(needs, key=lambda need: -need.nbytes)[:SHOWN]
-    shares = ", ".join(f"{shown(need.nbytes)} {need.what}" for need in most)
-    less = states is not None and sum(need.nbytes for need in needs_of(run, None)) <= budget
+    less = states is not None and _total(needs_of(run, None)) <= budget
     remedy = "; without prompts to calibrate on it would do" if less else ""
-    raise NunchakuError(f"budget of {shown(budget)}: quantizing {type(run.model).__name__} takes about {shown(total)} "
-                        f"({shares}, …){remedy}")
+    _refuse_above(budget, needs_of(run, states), f"quantizing {type(run.model).__name__}", remedy)
+
+
+def check_running(homes: Mapping[str, Streamed], budget: int) -> None:
+    """Refuse a budget below what a pipeline takes that runs block by block."""
+    needs = [Need(f"for what lies outside the blocks of {name}", nbytes(home, "")) for name, home in homes.items()]
+    needs.append(Need("for a block", max(nbytes(home, block) for home in homes.values() for block in home.names)))
+    if next(iter(homes.values())).device.type == "cpu":
+        needs.append(Need("for the program itself", PROGRAM))
+    _refuse_above(budget, needs, "running the pipeline on prompts", "; without prompts it takes less")
+
+
+def _refuse_above(budget: int, needs: Sequence[Need], what: str, remedy: str) -> None:
+    if _total(needs) > budget:
+        most = sorted(needs, key=lambda need: -need.nbytes)[:SHOWN]
+        shares = ", ".join(f"{shown(need.nbytes)} {need.what}" for need in most)
+        raise NunchakuError(f"budget of {shown(budget)}: {what} takes about {shown(_total(needs))} ({shares}, …)"
+                            f"{remedy}")
+
+
+def _total(needs: Iterable[Need]) -> int:
+    return sum(need.nbytes for need in needs)
 
 
 def needs_of(run: StreamedRun, states: Sequence[State] | None) -> list[Need]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..folders import DENOISERS
 from ..quantize import Settings, runs_of
 from ..recipes import Recipe
 from ..report import Report, merged
-from .budget import check, keep_within
+from .budget import check, check_running, keep_within
 from .fused import fuse
 from .model import described, streamed
 from .pipeline import StreamedPipeline
@@ -36,9 +35,11 @@ class NotStreamable(Exception):  # noqa: N818 (a reason, not an error: there is 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Prompts that a pipeline runs on. folder: of the pipeline, for its tokenizers and scheduler."""
+    """Prompts that a pipeline runs on. folder: of the pipeline, for its tokenizers and scheduler, and for models that
+    cannot be streamed, in `dtype`."""
 
     folder: Path
+    dtype: torch.dtype
     prompts: Sequence[Any]
     states: int = 16
     feedback: bool = True
@@ -53,6 +54,7 @@ class Opening:
     device: str = "cpu"
     config: Path | None = None
     loras: Sequence[tuple[Path, float]] = ()
+    whole: bool = True  # whether a model that only runs beside them may be read as a whole, where it cannot be streamed
     say: Callable[[str], None] = lambda note: None
 
     def all(self, paths: Mapping[str, Path], quantized: Iterable[str], beside: Iterable[str]) -> dict[str, Streamed]:
@@ -60,8 +62,13 @@ class Opening:
         the pipeline itself loads the others."""
         homes = {name: self.one(name, paths[name]) for name in quantized}
         for name in beside:
-            with suppress(NotStreamable, NunchakuError):
+            try:
                 homes[name] = self.one(name, paths[name])
+            except (NotStreamable, NunchakuError) as reason:
+                if not self.whole:
+                    raise NunchakuError(f"{reason}, so it would be read as a whole, for which there is no --budget"
+                                        ) from reason
+                self.say(f"note: {reason}: it is read into memory as a whole")
         return homes
 
     def one(self, name: str, path: Path) -> Streamed:
@@ -90,6 +97,8 @@ def quantize_files(homes: Mapping[str, Streamed], recipes: Mapping[str, Recipe],
     budget: bytes that this may take, of the GPU's memory if one computes, else of the process."""
     runs = runs_of({name: (homes[name].model, recipe) for name, recipe in recipes.items()}, settings,
                    lambda name, _model, recipe, own: streamed_run(homes[name], recipe, own))
+    if calibration is not None and budget is not None:
+        check_running(homes, budget)
     check_budget(runs, dict.fromkeys(runs, () if calibration else None), budget)
     states: dict[str, list[State] | None] = dict.fromkeys(runs)
     if calibration is not None:
@@ -122,21 +131,21 @@ def _states(homes: Mapping[str, Streamed], names: list[str], settings: Settings,
     kept = work_dir / _STATES
     if kept.exists() and (found := _read(kept, names)) is not None:
         return found
-    home = homes[names[0]]
-    dtype = next(home.model.parameters()).dtype
-    pipe = StreamedPipeline(_pipeline(calibration.folder, homes, dtype, home.device), homes, home.device)
+    device = homes[names[0]].device
+    pipe = StreamedPipeline(_pipeline(calibration, homes, device), homes, device)
     states = pipe.states(names, list(calibration.prompts), calibration.states, settings.seed, progress)
     _keep(states, kept)
     return states
 
 
-def _pipeline(folder: Path, homes: Mapping[str, Streamed], dtype: torch.dtype, device: torch.device) -> Any:
-    """The pipeline's own class over empty models; what else belongs to it is small, and loaded."""
+def _pipeline(calibration: Calibration, homes: Mapping[str, Streamed], device: torch.device) -> Any:
+    """The pipeline's own class over empty models; whatever else belongs to it is loaded."""
     from diffusers import DiffusionPipeline
 
-    empty = {name: home.model for name, home in homes.items()}
+    folder, empty = calibration.folder, {name: home.model for name, home in homes.items()}
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, **empty, **dtype_argument(dtype), local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, **empty, **dtype_argument(calibration.dtype),
+                                                 local_files_only=True)
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name not in homes:
                 part.to(device)

@@ -28,8 +28,9 @@ class Tensors:
     def read(self, name: str) -> torch.Tensor:
         if name in self.made.tensors:
             return self.made.read(name)
-        tensor = self.state[name]
-        return self.home.read(name) if tensor.is_meta else tensor.detach().cpu()
+        if self.home.stored(name) in self.home.weights.tensors:
+            return self.home.read(name)
+        return self.state[name].detach().cpu()  # computed, and in no file
 
     def nbytes(self, name: str) -> int:
         shape, dtype = self.layout[name]

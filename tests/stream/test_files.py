@@ -86,7 +86,7 @@ def test_one_file(flux: Path, tmp_path: Path) -> None:
 def calibrated(pipeline: Path, names: dict[str, Any], work: Path, feedback: bool = True) -> tuple[dict, Any]:
     parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
     homes = Opening(BF16).all(parts, names, set(parts) - set(names))
-    return quantize_files(homes, names, Settings(), work, Calibration(pipeline, PROMPTS, 5, feedback))
+    return quantize_files(homes, names, Settings(), work, Calibration(pipeline, BF16, PROMPTS, 5, feedback))
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -158,7 +158,8 @@ def test_text_encoders_give_their_memory_to_the_denoiser(pipeline: Path, tmp_pat
     monkeypatch.setattr(Streamed, "of", watched)
     parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
     homes |= Opening(BF16).all(parts, ["transformer"], set(parts) - {"transformer"})
-    quantize_files(homes, {"transformer": QUICK}, Settings(), tmp_path / "work", Calibration(pipeline, PROMPTS, 4))
+    calibration = Calibration(pipeline, BF16, PROMPTS, 4)
+    quantize_files(homes, {"transformer": QUICK}, Settings(), tmp_path / "work", calibration)
     blocks = len(homes["transformer"].blocks)
     encoders = [entry for entry in loaded if "Flux" not in entry[0]]
     assert len(encoders) == len(homes["text_encoder"].blocks) + len(homes["text_encoder_2"].blocks), "once for all"
@@ -255,6 +256,25 @@ def test_damaged_models_are_refused_in_a_sentence(flux: Path, tmp_path: Path) ->
     assert list((tmp_path / "work").glob("transformer_blocks.0*")), "what was finished before is kept"
 
 
+def test_buffers_are_those_of_the_file(tmp_path: Path) -> None:
+    name = "pos_embed.pos_embed"  # which the model would compute otherwise
+    MODELS["sd3"]()[0].save_pretrained(tmp_path / "plain")
+    folder = changed(tmp_path / "plain", tmp_path / "model", lambda tensors: tensors[name].fill_(0.5))
+    files.write(run(folder, tmp_path / "work"), tmp_path / "done")
+    assert (load_file(next((tmp_path / "done").glob("*.safetensors")))[name] == 0.5).all()
+
+
+def test_text_encoders_that_cannot_be_streamed_are_told(pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipeline, tmp_path / "pipe")
+    file = next((tmp_path / "pipe/text_encoder").glob("*.safetensors"))
+    save_file({f"a.b.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    parts, said = {"text_encoder": tmp_path / "pipe/text_encoder"}, []
+    assert Opening(BF16, say=said.append).all(parts, [], parts) == {}
+    assert "names that only CLIPTextModel itself understands: it is read into memory as a whole" in said[0]
+    with pytest.raises(NunchakuError, match="for which there is no --budget"):
+        Opening(BF16, whole=False).all(parts, [], parts)
+
+
 def test_a_quantized_folder_is_refused(flux: Path, tmp_path: Path) -> None:
     files.write(run(flux, tmp_path / "work"), tmp_path / "done")
     with pytest.raises(NunchakuError, match="already quantized"):
@@ -293,7 +313,7 @@ def test_states_count_in_the_budget(flux: Path, tmp_path: Path) -> None:
 def test_on_a_gpu_within_a_budget(pipeline: Path, tmp_path: Path, prompts: list | None) -> None:
     """The same blocks as on a CPU but for the last bits of sums; nothing of it stays on the GPU."""
     parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
-    states = None if prompts is None else Calibration(pipeline, prompts, 4)
+    states = None if prompts is None else Calibration(pipeline, BF16, prompts, 4)
     before, made = torch.cuda.memory_allocated(), {}
     for device in ("cuda", "cpu"):
         homes = Opening(BF16, device).all(parts, ["transformer"], set(parts) - {"transformer"})
