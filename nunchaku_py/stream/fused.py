@@ -33,14 +33,17 @@ class Lora:
     bias it changes; notes: what of the file was used, and what was not."""
 
     def __init__(self, path: Path, strength: float, target: Target) -> None:
-        component = "unet" if "UNet" in target.cls else "transformer"
         self.path, self.strength = path, strength
-        found = find(_tensors(path), {component: target})
-        self._state = found.state
         self.with_bias: set[str] = set()
-        self._group_of, left = self._checked(found.groups)
+        state = _tensors(path)
+        try:
+            found = find(state, {"unet" if "UNet" in target.cls else "transformer": target})
+            self._state = found.state
+            self._group_of, left = self._checked(found.groups)
+            self.notes = self._told(found.format, sorted({*found.unread, *left}), target.cls)
+        except NunchakuError as error:
+            raise NunchakuError(f"{path}: {error}") from error
         self.modules = tuple(self._group_of)
-        self.notes = self._told(found.format, sorted({*found.unread, *left}), target.cls)
 
     def delta(self, module: str) -> Delta | None:
         group = self._group_of.get(module)
@@ -63,22 +66,19 @@ class Lora:
             for module, delta in deltas.items():
                 other = group_of.setdefault(module, group)
                 if other is not group and not equal(self._assembled(other)[0][module], delta):
-                    raise NunchakuError(f"{self.path}: {module}: changed twice, by {some(sorted(other.keys.values()))} "
-                                        f"and by {some(sorted(group.keys.values()))}")
+                    raise NunchakuError(f"{module}: changed twice, by {some(sorted(other.keys.values()))} and by "
+                                        f"{some(sorted(group.keys.values()))}")
                 if delta.bias is not None:
                     self.with_bias.add(module)
                 if delta.bias is not None and delta.magnitude is not None:
-                    raise NunchakuError(f"{self.path}: {module}: DoRA with a bias has no one meaning")
-        try:
-            check_shapes(misfits, len(groups))
-        except NunchakuError as error:
-            raise NunchakuError(f"{self.path}: {error}") from None
+                    raise NunchakuError(f"{module}: DoRA with a bias has no one meaning")
+        check_shapes(misfits, len(groups))
         return group_of, left
 
     def _told(self, form: str, unread: Sequence[str], cls: str) -> tuple[str, ...]:
         if not self._group_of:
-            raise NunchakuError(f"{self.path}: this LoRA ({form}) changes no module of a {cls}: it is for another "
-                                f"model. Its keys: {some(unread)}")
+            raise NunchakuError(f"this LoRA ({form}) changes no module of a {cls}: it is for another model. Its keys: "
+                                f"{some(unread)}")
         texts = [key for key in unread if key.startswith(TEXT)]
         others = [key for key in unread if key not in texts]
         notes = [f"{self.path}: fused into {len(self._group_of)} modules at strength {self.strength:g} ({form})"]

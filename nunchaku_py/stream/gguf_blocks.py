@@ -5,7 +5,7 @@
     Q2_K, Q4_K, Q5_K     (d·s)·q − (dmin·t), fp16 d and dmin for 256 codes, whole s and t for 16 (Q2_K) or 32 of them
     Q3_K, Q6_K           (d·s)·(q − z), signed s for 16 codes
 
-Products are rounded to fp32 in the order in which they stand."""
+The products have at most 24 bits, so fp32 holds them exactly, and rounds sums and differences once."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -41,9 +41,10 @@ def _signed(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.int8).float()
 
 
-def _scaled(scale: Tensor, q: Tensor) -> Tensor:
-    """Of (blocks, n) scales and (blocks, values) codes, scale for values/n codes in a row."""
-    return scale[..., None] * q.float().reshape(*scale.shape, -1)
+def _scaled(scale: Tensor, q: Tensor, offset: Tensor | None = None) -> Tensor:
+    """(blocks, values): of (blocks, n) scales and offsets, scale·q − offset for values/n codes q in a row."""
+    product = scale[..., None] * q.float().reshape(*scale.shape, -1)
+    return (product if offset is None else product - offset[..., None]).flatten(1)
 
 
 def _q4_0(b: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def _q8_0(b: Tensor) -> Tensor:
 def _q2_k(b: Tensor) -> Tensor:
     scales, q = b[:, :16], codes(b[:, 16:80], 2, 32)
     step, offset = _half(b[:, 80:82]) * (scales & 15), _half(b[:, 82:84]) * (scales >> 4)
-    return _scaled(step, q) - offset[..., None]
+    return _scaled(step, q, offset)
 
 
 def _q3_k(b: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def _scales_of_8(b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_8(b: Tensor, q: Tensor) -> Tensor:
     s, t = _scales_of_8(b[:, 4:16])
-    return _scaled(_half(b[:, :2]) * s, q) - (_half(b[:, 2:4]) * t)[..., None]
+    return _scaled(_half(b[:, :2]) * s, q, _half(b[:, 2:4]) * t)
 
 
 def _q4_k(b: Tensor) -> Tensor:
