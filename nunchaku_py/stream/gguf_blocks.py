@@ -25,11 +25,10 @@ class Kind(NamedTuple):
 
 
 def codes(data: Tensor, bits: int, run: int) -> Tensor:
-    """(blocks, bytes·8/bits) int16: codes packed so that each `run` bytes hold `run` codes in their lowest bits, the
+    """(blocks, bytes·8/bits) uint8: codes packed so that each `run` bytes hold `run` codes in their lowest bits, the
     next `run` codes in the bits above those, and so on."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    packed = data.reshape(data.shape[0], -1, 1, run)
-    return ((packed >> shifts[:, None]) & (2**bits - 1)).flatten(1).short()
+    packed = data.reshape(data.shape[0], -1, run)
+    return torch.stack([packed >> shift & (2**bits - 1) for shift in range(0, 8, bits)], 2).flatten(1)
 
 
 def _half(data: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def _scaled(scale: Tensor, q: Tensor, offset: Tensor | None = None) -> Tensor:
 
 
 def _q4_0(b: Tensor) -> Tensor:
-    return _half(b[:, :2]) * (codes(b[:, 2:], 4, 16) - 8)
+    return _half(b[:, :2]) * (codes(b[:, 2:], 4, 16).float() - 8)
 
 
 def _q4_1(b: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def _q4_1(b: Tensor) -> Tensor:
 
 
 def _q5_0(b: Tensor) -> Tensor:
-    return _half(b[:, :2]) * (codes(b[:, 6:], 4, 16) + 16 * codes(b[:, 2:6], 1, 1) - 16)
+    return _half(b[:, :2]) * ((codes(b[:, 6:], 4, 16) + 16 * codes(b[:, 2:6], 1, 1)).float() - 16)
 
 
 def _q5_1(b: Tensor) -> Tensor:
@@ -74,8 +73,8 @@ def _q2_k(b: Tensor) -> Tensor:
 
 
 def _q3_k(b: Tensor) -> Tensor:
-    q = codes(b[:, 32:96], 2, 32) + 4 * codes(b[:, :32], 1, 32) - 4
-    scales = codes(b[:, 96:104], 4, 8) + 16 * codes(b[:, 104:108], 2, 4) - 32
+    q = (codes(b[:, 32:96], 2, 32) + 4 * codes(b[:, :32], 1, 32)).float() - 4
+    scales = (codes(b[:, 96:104], 4, 8) + 16 * codes(b[:, 104:108], 2, 4)).float() - 32
     return _scaled(_half(b[:, 108:110]) * scales, q)
 
 
@@ -100,7 +99,7 @@ def _q5_k(b: Tensor) -> Tensor:
 
 
 def _q6_k(b: Tensor) -> Tensor:
-    q = codes(b[:, :128], 4, 64) + 16 * codes(b[:, 128:192], 2, 32) - 32
+    q = (codes(b[:, :128], 4, 64) + 16 * codes(b[:, 128:192], 2, 32)).float() - 32
     return _scaled(_half(b[:, 208:210]) * _signed(b[:, 192:208]), q)
 
 

@@ -178,3 +178,24 @@ def test_a_name_twice(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(NunchakuError, match="a stands there twice"):
         GGUFFile(tmp_path / "m.gguf")
+
+
+def test_files_with_bytes_changed_at_random(tmp_path: Path) -> None:
+    """They are refused in a sentence, or all that they promise can be read."""
+    whole = write(tmp_path / "m.gguf", GOOD | {"q": Entry((2, 32), Q8_0, bytes(68))}, {"k": "text", "n": [1, 2]})
+    data, path = whole.read_bytes(), tmp_path / "changed.gguf"
+    random, refused = torch.Generator().manual_seed(0), 0
+    for _ in range(400):
+        changed = bytearray(data)
+        for place, byte in torch.randint(0, 240, (2, 2), generator=random).tolist():
+            changed[4 + place] = byte
+        path.write_bytes(changed)
+        try:
+            file = GGUFFile(path)
+        except NunchakuError:
+            refused += 1
+            continue
+        for name, header in file.tensors.items():
+            assert file.read(name).shape == header.shape
+        file.close()
+    assert 100 < refused < 400
