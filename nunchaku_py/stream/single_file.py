@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoint.build import empty_model, one_line
 from ..checkpoint.headers import TensorHeader, shown
+from ..checkpoint.nunchaku.read import tied
 from ..checkpoint.tensor_file import DTYPES, NAMES, TensorFile
 from ..checkpoint.validate import check_keys, some
 from ..errors import NunchakuError
@@ -134,10 +135,9 @@ def _converter(cls: type) -> Callable[..., Mapping[str, Any]] | None:
 
 
 def _checked(lazies: Lazies, model: nn.Module, label: str) -> Lazies:
-    """All tensors of the model, in its order and with its shapes, and no others."""
-    tied = _tied(model, lazies)
-    check_keys(model, {*lazies, *tied}, label)
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    """All tensors of the model, in its order and with its shapes, and no others; of tied ones those that are there."""
+    check_keys(model, {*lazies, *tied(model, set(lazies))}, label)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name in lazies}
     for name, tensor in expected.items():
         found = lazies[name]
         if found.shape != tensor.shape:
@@ -147,13 +147,6 @@ def _checked(lazies: Lazies, model: nn.Module, label: str) -> Lazies:
             raise NunchakuError(f"{label}: {name}: expected one of {', '.join(FLOATS)}, got {NAMES[found.dtype]}: "
                                 "quantizing needs 16-bit weights")
     return {name: lazies[name] for name in expected}
-
-
-def _tied(model: nn.Module, names: Mapping[str, Any]) -> set[str]:
-    """Other names of parameters that are there under one of `names`: embeddings of text encoders."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    there = {id(parameters[name]) for name in names if name in parameters}
-    return {name for name, parameter in parameters.items() if name not in names and id(parameter) in there}
 
 
 def _header(tensor: LazyTensor) -> TensorHeader:
