@@ -235,6 +235,12 @@ def test_a_bias_that_has_no_place(tmp_path: Path) -> None:
         fused(folder, (path, 1.0))
 
 
+def test_a_strength_that_is_none(flux: Source, tmp_path: Path) -> None:
+    path = file_of(write(random_lora({FIRST: (128, 128)}), prefixed("transformer."), PEFT), tmp_path)
+    with pytest.raises(NunchakuError, match="expected a finite strength, got nan"):
+        fused(flux[0], (path, float("nan")))
+
+
 def test_a_weight_changed_twice(flux: Source, tmp_path: Path) -> None:
     keys = write(random_lora({FIRST: (128, 128)}), prefixed("transformer."), PEFT)
     rows = {"double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{n}" for n in "qkv"]}
