@@ -79,7 +79,7 @@ class Opening:
         config, weights = open_source(path, None if path.is_dir() else self.config)
         if self.loras and name in ("", *DENOISERS):
             weights = fuse(weights, config, self.loras)
-        for note in getattr(weights, "notes", ()):
+        for note in weights.notes:
             self.say(note)
         home = streamed(described(config, weights, self.dtype), weights, self.device)
         if home is None:

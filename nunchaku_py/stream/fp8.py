@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,12 +20,15 @@ STORED = ("F8_E4M3", "F8_E5M2")
 MARK = "scaled_fp8"  # a tensor of this name says that all weights of 8 bit have scales
 LAYERS = "_quantization_metadata"  # metadata that names the format of every layer
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_SAID = ("format", "full_precision_matrix_mult")  # of a layer; the second concerns how ComfyUI multiplies
 _SCALES = ("scale_weight", "weight_scale")
 _OTHERS = ("scale_input", "input_scale", "comfy_quant")  # what activations are scaled by does not concern weights
 
 
 class Fp8Source:
     """A source of 8-bit floats, as one of bfloat16."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, inner: Source, metadata: Mapping[str, str]) -> None:
         self.label, self._inner = inner.label, inner
@@ -107,23 +111,28 @@ def _check_layers(label: str, text: str | None) -> None:
     if text is None:
         return
     try:
-        layers = json.loads(text)["layers"].values()
-        formats = {layer["format"] for layer in layers}
+        layers = list(json.loads(text)["layers"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NunchakuError(f"{label}: {LAYERS} in its metadata cannot be understood") from error
-    _refuse_others(formats, label)
+    for layer in layers:
+        _check_layer(layer, label)
 
 
 def _check_format(text: bytes, label: str) -> None:
     try:
-        formats = {json.loads(text.decode("utf-8"))["format"]}
-    except (ValueError, KeyError, TypeError) as error:
+        _check_layer(json.loads(text.decode("utf-8")), label)
+    except ValueError as error:
+        if isinstance(error, NunchakuError):
+            raise
         raise NunchakuError(f"{label}: expected a JSON object with a format") from error
-    _refuse_others(formats, label)
 
 
-def _refuse_others(formats: set, label: str) -> None:
-    other = next((str(name) for name in formats if name not in _FORMATS), None)
-    if other is not None:
-        raise NunchakuError(f"{label}: says that weights are quantized as {shown(other)}; quantizing needs 16-bit "
-                            "weights, or 8-bit floats")
+def _check_layer(said: Any, label: str) -> None:
+    """Anything that is said beyond the format may be a rotation or blocks, which would be read as wrong numbers."""
+    if not isinstance(said, dict) or not isinstance(said.get("format"), str):
+        raise NunchakuError(f"{label}: expected a JSON object with a format")
+    more = sorted(key for key, value in said.items() if key not in _SAID and value)
+    if said["format"] not in _FORMATS or more:
+        how = f"{shown(said['format'])} with {shown(more[0])}" if more else shown(said["format"])
+        raise NunchakuError(f"{label}: says that weights are quantized as {how}; quantizing needs 16-bit weights, or "
+                            "8-bit floats")

@@ -7,6 +7,7 @@ LoHa, LoKr and full differences count with all their rank. Only what changes the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,21 +34,24 @@ class Lora:
     bias it changes; notes: what of the file was used, and what was not."""
 
     def __init__(self, path: Path, strength: float, target: Target) -> None:
-        component = "unet" if "UNet" in target.cls else "transformer"
         self.path, self.strength = path, strength
-        try:
-            found = find(_tensors(path), {component: target})
-        except NunchakuError as error:
-            raise error if str(path) in str(error) else NunchakuError(f"{path}: {error}") from None
-        self._state = found.state
+        if not math.isfinite(strength):
+            raise NunchakuError(f"{path}: expected a finite strength, got {strength}")
         self.with_bias: set[str] = set()
-        self._group_of, left = self._checked(found.groups)
+        state = _tensors(path)
+        try:
+            found = find(state, {"unet" if "UNet" in target.cls else "transformer": target})
+            self._state = found.state
+            self._group_of, left = self._checked(found.groups)
+            self.notes = self._told(found.format, sorted({*found.unread, *left}), target.cls)
+        except NunchakuError as error:
+            raise NunchakuError(f"{path}: {error}") from error
         self.modules = tuple(self._group_of)
-        self.notes = self._told(found.format, sorted({*found.unread, *left}), target.cls)
 
-    def delta(self, module: str) -> Delta | None:
-        group = self._group_of.get(module)
-        return None if group is None else self._assembled(group)[0][module]
+    def delta(self, module: str, leaf: str) -> Delta | None:
+        """What changes this parameter of a module: its weight or its bias."""
+        changed = module in self._group_of and (leaf == "weight" or leaf == "bias" and module in self.with_bias)
+        return self._assembled(self._group_of[module])[0][module] if changed else None
 
     def _assembled(self, group: Group) -> tuple[dict[str, Delta], list[str]]:
         return assemble(group, self._state, Fit(_ANY_RANK, 0.0))
@@ -66,22 +70,19 @@ class Lora:
             for module, delta in deltas.items():
                 other = group_of.setdefault(module, group)
                 if other is not group and not equal(self._assembled(other)[0][module], delta):
-                    raise NunchakuError(f"{self.path}: {module}: changed twice, by {some(sorted(other.keys.values()))} "
-                                        f"and by {some(sorted(group.keys.values()))}")
+                    raise NunchakuError(f"{module}: changed twice, by {some(sorted(other.keys.values()))} and by "
+                                        f"{some(sorted(group.keys.values()))}")
                 if delta.bias is not None:
                     self.with_bias.add(module)
                 if delta.bias is not None and delta.magnitude is not None:
-                    raise NunchakuError(f"{self.path}: {module}: DoRA with a bias has no one meaning")
-        try:
-            check_shapes(misfits, len(groups))
-        except NunchakuError as error:
-            raise NunchakuError(f"{self.path}: {error}") from None
+                    raise NunchakuError(f"{module}: DoRA with a bias has no one meaning")
+        check_shapes(misfits, len(groups))
         return group_of, left
 
     def _told(self, form: str, unread: Sequence[str], cls: str) -> tuple[str, ...]:
         if not self._group_of:
-            raise NunchakuError(f"{self.path}: this LoRA ({form}) changes no module of a {cls}: it is for another "
-                                f"model. Its keys: {some(unread)}")
+            raise NunchakuError(f"this LoRA ({form}) changes no module of a {cls}: it is for another model. Its keys: "
+                                f"{some(unread)}")
         texts = [key for key in unread if key.startswith(TEXT)]
         others = [key for key in unread if key not in texts]
         notes = [f"{self.path}: fused into {len(self._group_of)} modules at strength {self.strength:g} ({form})"]
@@ -99,7 +100,7 @@ class FusedLora:
     def __init__(self, weights: Weights, loras: Sequence[Lora]) -> None:
         self.label, self._weights, self._loras = weights.label, weights, list(loras)
         self.tensors: Mapping[str, TensorHeader] = weights.tensors
-        self.notes = tuple(note for lora in self._loras for note in lora.notes)
+        self.notes = (*weights.notes, *(note for lora in self._loras for note in lora.notes))
         for lora in self._loras:
             self._check(lora)
 
@@ -113,11 +114,10 @@ class FusedLora:
     def read(self, name: str) -> Tensor:
         tensor = self._weights.read(name)
         module, _, leaf = name.rpartition(".")
-        change = {"weight": _change, "bias": _bias_change}.get(leaf)
-        deltas = [(lora.strength, lora.delta(module)) for lora in self._loras] if change else []
-        changes = [change(tensor.float(), delta, strength) for strength, delta in deltas if delta is not None]
-        changes = [added for added in changes if added is not None]
-        return sum(changes, tensor.float()).to(tensor.dtype) if changes else tensor
+        added = [_change(tensor.float(), delta, lora.strength) if leaf == "weight" else
+                 delta.bias.float() * _scale(delta, lora.strength)
+                 for lora in self._loras if (delta := lora.delta(module, leaf)) is not None]
+        return sum(added, tensor.float()).to(tensor.dtype) if added else tensor
 
     def close(self) -> None:
         self._weights.close()
@@ -133,7 +133,7 @@ def fuse(weights: Weights, config: dict[str, Any], loras: Sequence[tuple[Path, f
 def _change(weight: Tensor, delta: Delta, strength: float) -> Tensor:
     """In the shape of the weight, fp32."""
     product = delta.up.float().flatten(1) @ delta.down.float().flatten(1)
-    product = (product * (strength * delta.alpha / delta.rank)).reshape(weight.shape)
+    product = (product * _scale(delta, strength)).reshape(weight.shape)
     if delta.magnitude is None:
         return product
     changed = (weight + product).flatten(1)
@@ -141,8 +141,8 @@ def _change(weight: Tensor, delta: Delta, strength: float) -> Tensor:
     return grown.reshape(weight.shape) - weight
 
 
-def _bias_change(bias: Tensor, delta: Delta, strength: float) -> Tensor | None:
-    return None if delta.bias is None else delta.bias.float() * (strength * delta.alpha / delta.rank)
+def _scale(delta: Delta, strength: float) -> float:
+    return strength * delta.alpha / delta.rank
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

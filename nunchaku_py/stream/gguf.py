@@ -26,7 +26,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: 
 _TEXT, _LIST = 8, 9
 _MOST_AXES, _LONGEST_NAME, _LONGEST_TEXT = 8, 2**16, 2**26
 _SHAPE = "comfy.gguf.orig_shape."  # metadata: the shape of a tensor that was stored with another
-_AT_ONCE = 2**20  # values that are decoded at a time, so that what lies between stays in the cache
+_AT_ONCE = 2**18  # values that are decoded at a time, so that what lies between stays in the cache
 
 
 class Stored(NamedTuple):

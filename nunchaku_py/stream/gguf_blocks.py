@@ -5,7 +5,7 @@
     Q2_K, Q4_K, Q5_K     (d·s)·q − (dmin·t), fp16 d and dmin for 256 codes, whole s and t for 16 (Q2_K) or 32 of them
     Q3_K, Q6_K           (d·s)·(q − z), signed s for 16 codes
 
-Products are rounded to fp32 in the order in which they stand."""
+The products have at most 24 bits, so fp32 holds them exactly, and rounds sums and differences once."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,11 +25,10 @@ class Kind(NamedTuple):
 
 
 def codes(data: Tensor, bits: int, run: int) -> Tensor:
-    """(blocks, bytes·8/bits) int16: codes packed so that each `run` bytes hold `run` codes in their lowest bits, the
+    """(blocks, bytes·8/bits) uint8: codes packed so that each `run` bytes hold `run` codes in their lowest bits, the
     next `run` codes in the bits above those, and so on."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    packed = data.reshape(data.shape[0], -1, 1, run)
-    return ((packed >> shifts[:, None]) & (2**bits - 1)).flatten(1).short()
+    packed = data.reshape(data.shape[0], -1, run)
+    return torch.stack([packed >> shift & (2**bits - 1) for shift in range(0, 8, bits)], 2).flatten(1)
 
 
 def _half(data: Tensor) -> Tensor:
@@ -41,13 +40,14 @@ def _signed(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.int8).float()
 
 
-def _scaled(scale: Tensor, q: Tensor) -> Tensor:
-    """Of (blocks, n) scales and (blocks, values) codes, scale for values/n codes in a row."""
-    return scale[..., None] * q.float().reshape(*scale.shape, -1)
+def _scaled(scale: Tensor, q: Tensor, offset: Tensor | None = None) -> Tensor:
+    """(blocks, values): of (blocks, n) scales and offsets, scale·q − offset for values/n codes q in a row."""
+    product = scale[..., None] * q.float().reshape(*scale.shape, -1)
+    return (product if offset is None else product - offset[..., None]).flatten(1)
 
 
 def _q4_0(b: Tensor) -> Tensor:
-    return _half(b[:, :2]) * (codes(b[:, 2:], 4, 16) - 8)
+    return _half(b[:, :2]) * (codes(b[:, 2:], 4, 16).float() - 8)
 
 
 def _q4_1(b: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _q4_1(b: Tensor) -> Tensor:
 
 
 def _q5_0(b: Tensor) -> Tensor:
-    return _half(b[:, :2]) * (codes(b[:, 6:], 4, 16) + 16 * codes(b[:, 2:6], 1, 1) - 16)
+    return _half(b[:, :2]) * ((codes(b[:, 6:], 4, 16) + 16 * codes(b[:, 2:6], 1, 1)).float() - 16)
 
 
 def _q5_1(b: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ def _q8_0(b: Tensor) -> Tensor:
 def _q2_k(b: Tensor) -> Tensor:
     scales, q = b[:, :16], codes(b[:, 16:80], 2, 32)
     step, offset = _half(b[:, 80:82]) * (scales & 15), _half(b[:, 82:84]) * (scales >> 4)
-    return _scaled(step, q) - offset[..., None]
+    return _scaled(step, q, offset)
 
 
 def _q3_k(b: Tensor) -> Tensor:
-    q = codes(b[:, 32:96], 2, 32) + 4 * codes(b[:, :32], 1, 32) - 4
-    scales = codes(b[:, 96:104], 4, 8) + 16 * codes(b[:, 104:108], 2, 4) - 32
+    q = (codes(b[:, 32:96], 2, 32) + 4 * codes(b[:, :32], 1, 32)).float() - 4
+    scales = (codes(b[:, 96:104], 4, 8) + 16 * codes(b[:, 104:108], 2, 4)).float() - 32
     return _scaled(_half(b[:, 108:110]) * scales, q)
 
 
@@ -87,7 +87,7 @@ def _scales_of_8(b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_8(b: Tensor, q: Tensor) -> Tensor:
     s, t = _scales_of_8(b[:, 4:16])
-    return _scaled(_half(b[:, :2]) * s, q) - (_half(b[:, 2:4]) * t)[..., None]
+    return _scaled(_half(b[:, :2]) * s, q, _half(b[:, 2:4]) * t)
 
 
 def _q4_k(b: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _q5_k(b: Tensor) -> Tensor:
 
 
 def _q6_k(b: Tensor) -> Tensor:
-    q = codes(b[:, :128], 4, 64) + 16 * codes(b[:, 128:192], 2, 32) - 32
+    q = (codes(b[:, :128], 4, 64) + 16 * codes(b[:, 128:192], 2, 32)).float() - 32
     return _scaled(_half(b[:, 208:210]) * _signed(b[:, 192:208]), q)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoint.build import empty_model, one_line
 from ..checkpoint.headers import TensorHeader, shown
+from ..checkpoint.nunchaku.read import tied
 from ..checkpoint.tensor_file import DTYPES, NAMES, TensorFile
 from ..checkpoint.validate import check_keys, some
 from ..errors import NunchakuError
@@ -134,9 +135,9 @@ def _converter(cls: type) -> Callable[..., Mapping[str, Any]] | None:
 
 
 def _checked(lazies: Lazies, model: nn.Module, label: str) -> Lazies:
-    """All tensors of the model, in its order and with its shapes, and no others."""
-    check_keys(model, lazies, label)
-    expected = model.state_dict()
+    """All tensors of the model, in its order and with its shapes, and no others; of tied ones those that are there."""
+    check_keys(model, {*lazies, *tied(model, set(lazies))}, label)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name in lazies}
     for name, tensor in expected.items():
         found = lazies[name]
         if found.shape != tensor.shape:

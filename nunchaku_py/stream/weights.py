@@ -20,9 +20,10 @@ _USUAL = ("diffusion_pytorch_model", "model")
 class Weights(Protocol):
     """The 16-bit tensors of one model, by the names diffusers gives them, read one at a time.
 
-    label: for sentences, the file or folder. tensors: what can be read, without reading it."""
+    label: for sentences, the file or folder. notes: sentences on what is left out. tensors: what can be read."""
 
     label: str
+    notes: tuple[str, ...]
     tensors: Mapping[str, TensorHeader]
 
     def read(self, name: str) -> torch.Tensor:
@@ -32,14 +33,21 @@ class Weights(Protocol):
     def close(self) -> None: ...
 
 
-class Source(Weights, Protocol):
-    """Weights that can be read by rows, too, under whatever names a file gives them."""
+class Source(Protocol):
+    """Tensors that can be read by rows, too, under whatever names a file gives them."""
+
+    label: str
+    tensors: Mapping[str, TensorHeader]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class FolderWeights:
     """A model folder of diffusers or transformers: one safetensors file, or shards with their index."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
         self.label = str(folder)

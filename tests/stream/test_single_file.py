@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nunchaku_py.errors import NunchakuError
 from nunchaku_py.stream.sources import open_source
 from tests.stream import makers
-from tests.tiny import MODELS
+from tests.tiny import MODELS, TEXT_ENCODERS
 
 State = dict[str, torch.Tensor]
 FOREIGN: dict[str, Callable[[State], State]] = {
@@ -76,6 +76,14 @@ def test_files_with_diffusers_names(name: str, tmp_path: Path) -> None:
     state = dict(model.state_dict())
     _, weights = open_source(write(tmp_path / "m.safetensors", state), config_folder(tmp_path / "config", model))
     assert_reads(weights, state)
+
+
+@pytest.mark.parametrize("name", TEXT_ENCODERS)
+def test_text_encoders(name: str, tmp_path: Path) -> None:
+    """Of parameters with two names a file holds one."""
+    TEXT_ENCODERS[name]()[0].save_pretrained(tmp_path)
+    _, weights = open_source(tmp_path / "model.safetensors", tmp_path)
+    assert_reads(weights, load_file(tmp_path / "model.safetensors"))
 
 
 def test_a_pipelines_folder_has_the_config(tmp_path: Path) -> None:

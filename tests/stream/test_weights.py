@@ -217,6 +217,8 @@ def test_a_scale_that_is_none(value: float, qwen: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "said"), [
     ('{"layers": {"a": {"format": "mxfp8"}}}', "quantized as mxfp8"), ("[]", "cannot be understood"),
+    ('{"layers": {"a": {"format": "float8_e4m3fn", "convrot": true}}}', "quantized as float8_e4m3fn with convrot"),
+    ('{"layers": {"a": 3}}', "expected a JSON object with a format"),
 ])
 def test_formats_in_the_metadata(text: str, said: str, qwen: Any, tmp_path: Path) -> None:
     save_file(cast(dict(qwen.state_dict())), tmp_path / "m.safetensors", {"_quantization_metadata": text})
