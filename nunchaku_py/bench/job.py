@@ -1,0 +1,49 @@
+"""What one process of the benchmark is told to do, and what it says: JSON in lines, through pipes."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+DENSE, OURS = "16 bit", "nunchaku-py"
+# What a process does: say what is there; write a checkpoint; hold a model and take turns.
+PROBE, WRITE, MEASURE = "probe", "write", "measure"
+STEPS = "num_inference_steps"  # what pipelines call them
+TURN, END = "turn", "end"  # what a measuring process is asked for
+
+
+@dataclass(frozen=True)
+class Job:
+    """`kind`: DENSE, OURS, or the label of a peer. config: of the denoiser, with `_class_name`.
+
+    pipeline: the folder whose images are measured, with the denoiser's name in it, or "": one step is. denoiser: the
+    folder to load it from, or "": made with random weights. share: blocks of one kind are the same tensors.
+    call: the pipeline's arguments.
+    """
+
+    task: str
+    kind: str
+    name: str
+    config: dict[str, Any]
+    width: int
+    height: int
+    device: str
+    threads: int
+    mode: str = "auto"
+    text: int = 0
+    batch: int = 1
+    calls: int = 1
+    pipeline: str = ""
+    component: str = ""
+    denoiser: str = ""
+    share: bool = False
+    call: dict[str, Any] = field(default_factory=dict)
+    write_to: str = ""
+    verbose: bool = False
+
+    def line(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def of(line: str) -> Job:
+        return Job(**json.loads(line))

@@ -1,0 +1,73 @@
+"""What must be known before anything is made: the machine, the device, and how large the model is in which form."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..errors import NunchakuError
+from ..models.discover import blocks_of
+from ..models.pattern import pattern_of
+from ..models.plan import plan
+from ..site import Site, auto_mode, auto_weights
+from . import machine
+from .inputs import MAKERS
+from .job import Job
+from .quick import CHOICES
+from .random_models import Sources, meta_model
+
+RECIPE = CHOICES["quick-int4"]
+QUANTIZED = 0.62  # bytes of a weight in 4 bits, with scales and branch: to reckon with, not to show
+FOLDED = 1.0  # more, where mode a8 keeps INT8 weights beside the codes
+
+
+def probe(job: Job) -> dict[str, Any]:
+    """Sizes in bytes: of the denoiser in 16 bit, quantized, and in 16 bit with one block of each kind."""
+    device = torch.device(chosen(job.device))
+    model = meta_model(job.config, job.name)
+    dense = bytes_of(model)
+    return {"device": str(device), "device_name": device_name(device), "cpu": machine.cpu_name(),
+            "memory_left": memory_left(device), "version": __version__, "versions": machine.versions(),
+            "torch": torch.__version__,
+            "kernels": machine.kernels() if device.type == "cpu" else f"CUDA {torch.version.cuda}",
+            "mode": auto_mode(Site(RECIPE.kind, RECIPE.format, RECIPE.group or 64), device),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()), "dense": dense,
+            "quantized": quantized_bytes(model, device), "shared": shared_bytes(model),
+            "inputs": type(model).__name__ in MAKERS}
+
+
+def chosen(wanted: str) -> str:
+    """"auto": a GPU where there is one."""
+    there = torch.cuda.is_available()
+    if wanted.startswith("cuda") and not there:
+        raise NunchakuError(f"--device {wanted}: this PyTorch sees no CUDA device")
+    return ("cuda" if there else "cpu") if wanted == "auto" else wanted
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def quantized_bytes(model: nn.Module, device: torch.device) -> int:
+    """About."""
+    weights = sum(model.get_submodule(name).weight.numel() for name in plan(model, RECIPE.kind).choices)
+    taken = QUANTIZED + (FOLDED if auto_weights(device) == "int8" else 0)
+    return bytes_of(model) - int((2 - taken) * weights)
+
+
+def shared_bytes(model: nn.Module) -> int:
+    sources = Sources(model, 1).of_block
+    copies = sum(bytes_of(model.get_submodule(name)) for name, source in sources.items() if name != source)
+    largest = max(blocks_of(model, pattern_of(model)).values(), key=bytes_of, default=model)
+    return bytes_of(model) - copies + bytes_of(largest)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
+
+
+def memory_left(device: torch.device) -> int:
+    """Where the model will lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.memory_left()

@@ -1,0 +1,205 @@
+"""The benchmark: a process for each contender, turns A B A B …, rows, and what is written of them."""
+from __future__ import annotations
+
+import datetime
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import NunchakuError
+from .contenders import Contender, checkpoints, contenders, groups, load_from
+from .job import MEASURE, OURS, PROBE, STEPS, Job
+from .process import Failed, Process, result_of
+from .rows import Row, gigabytes, seconds
+from .spread import Spread
+from .subject import Subject
+
+SIDE = {"cpu": 512}  # pixels of an image unless told otherwise; on GPUs, what the model was made for
+ROUNDS = {"cpu": 3}
+GPU_ROUNDS = 10
+QUICK_SIDE, QUICK_STEPS = 128, 2
+DISK = 1.05  # of the weights, that checkpoints take
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """None: what suits the device and the model."""
+
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    rounds: int | None = None
+    modes: Sequence[str] = ("auto",)
+    peers: bool = True
+    load: bool = True
+    device: str = "auto"
+    threads: int = 1
+    quick: bool = False
+    verbose: bool = False
+
+
+def run_bench(subject: Subject, options: Options, out: Path, told: Told) -> list[Row]:
+    """A row for each contender. `out` is there; checkpoints lie in it while they are needed."""
+    subject.check_size(options.width, options.height)
+    job = Job(PROBE, "", subject.about, subject.config, 0, 0, options.device, options.threads, verbose=options.verbose)
+    probe = result_of(job, "known", told)
+    if not (subject.pipeline or probe["inputs"]):
+        raise NunchakuError(f"{subject.about}: what a step of it is called with is not known; name the folder of a "
+                            "pipeline with it")
+    job = shared_job(subject, options, probe, job)
+    found = contenders(subject, probe, job, options.modes, options.peers)
+    told(heading(subject, probe, job))
+    with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=out) as scratch:
+        if options.load and not options.quick:
+            write_checkpoints(found, Path(scratch), told)
+        rounds = options.rounds or (1 if options.quick else ROUNDS.get(probe["device"], GPU_ROUNDS))
+        for group in groups(found, probe["memory_left"]):
+            measure(group, rounds, told)
+    for one in found[1:]:
+        compare(one, found[0])
+    return [row_of(one, found[0], subject, probe) for one in found]
+
+
+def shared_job(subject: Subject, options: Options, probe: dict[str, Any], job: Job) -> Job:
+    """What is the same for all contenders."""
+    known, call = subject.known, dict(subject.call)
+    side = QUICK_SIDE if options.quick else SIDE.get(probe["device"], known.side)
+    width, height = (given or call.get(name) or (side if known.side else 0) for name, given in
+                     (("width", options.width), ("height", options.height)))
+    if subject.pipeline:
+        call |= {name: value for name, value in (("width", width), ("height", height)) if value}
+        call |= {STEPS: QUICK_STEPS} if options.quick and options.steps is None else {}
+    return replace(job, task=MEASURE, device=probe["device"], width=width, height=height, text=known.text,
+                   batch=known.batch, calls=known.calls, pipeline=subject.pipeline, component=subject.component,
+                   call=call)
+
+
+def heading(subject: Subject, probe: dict[str, Any], job: Job) -> str:
+    what = "images of a pipeline" if subject.pipeline else "single steps"
+    size = f"{job.width}x{job.height}" if job.width else "the pipeline's own size"
+    return (f"{subject.about}: {probe['parameters'] / 1e9:.3g} billion weights in the denoiser, {what} at {size}, on "
+            f"{probe['device_name']} ({probe['kernels']}), {job.threads} CPU threads, "
+            f"{gigabytes(probe['memory_left'])} free")
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def write_checkpoints(found: Sequence[Contender], folder: Path, told: Told) -> None:
+    """Of random weights, at their real size, so that loading them is what loading is; where the disk has room."""
+    wanted = checkpoints(found)
+    sizes = {one.job.kind: one.needs for one in found}
+    for kind, job in wanted.items():
+        needs, free = int(DISK * sizes[kind]), shutil.disk_usage(folder).free
+        if needs > free:
+            told(f"{kind}: no checkpoint is written, so loading is not measured: {gigabytes(needs)} of disk are "
+                 f"needed, {gigabytes(free)} are free")
+            continue
+        target = folder / kind.replace(" ", "-")
+        started = time.monotonic()
+        try:
+            result_of(replace(job, write_to=str(target)), "written", lambda what, kind=kind: told(f"{kind}: {what}"))
+        except Failed as why:
+            told(f"{kind}: no checkpoint could be written, so loading is not measured: {why}")
+            continue
+        told(f"{kind}: checkpoint written in {seconds(time.monotonic() - started)}")
+        load_from(found, kind, str(target))
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+def measure(group: Sequence[Contender], rounds: int, told: Told) -> None:
+    """Everybody ready, a turn that does not count, then rounds of turns."""
+    with ExitStack() as stack:
+        running: dict[str, tuple[Contender, Process]] = {}
+        for one in group:
+            attempt(one, running, lambda one=one: start(one, stack, running, told), told)
+        once = dict(turns(running, told))
+        if once:
+            told(f"warm-up: {spoken(once)}; {rounds} round{'s' if rounds > 1 else ''} of that, about "
+                 f"{seconds(rounds * sum(image or step for step, image in once.values()))}")
+        for number in range(rounds):
+            took = dict(turns(running, told))
+            keep(took, running, group[0])
+            told(f"round {number + 1} of {rounds}: {spoken(took)}")
+        for one, process in list(running.values()):
+            attempt(one, running, lambda one=one, process=process: one.facts.update(process.end()), told)
+
+
+def attempt(one: Contender, running: dict[str, tuple[Contender, Process]], action: Callable[[], object], told: Told
+            ) -> None:
+    """What goes wrong is the contender's answer, and nobody else's."""
+    try:
+        action()
+    except Failed as why:
+        running.pop(one.label, None)
+        if "peak_bytes" not in one.facts:  # else it has been measured beside others
+            one.leave(str(why))
+        told(f"{one.label}: {why}")
+
+
+def start(one: Contender, stack: ExitStack, running: dict[str, tuple[Contender, Process]], told: Told) -> None:
+    process = stack.enter_context(Process(one.job, lambda what: told(f"{one.label}: {what}")))
+    facts = process.answer("ready")
+    one.facts.update(facts)
+    running[one.label] = one, process
+    loaded = "" if facts["load_s"] is None else f" in {seconds(facts['load_s'])}"
+    told(f"{one.label}: ready{loaded}, holds {gigabytes(facts['denoiser_bytes'])}")
+
+
+def turns(running: dict[str, tuple[Contender, Process]], told: Told) -> dict[str, tuple[float, float | None]]:
+    """Label → seconds of a step, and of an image."""
+    took: dict[str, tuple[float, float | None]] = {}
+    for label, (one, process) in list(running.items()):
+        attempt(one, running, lambda label=label, process=process: took.update({label: process.turn()}), told)
+    return took
+
+
+def keep(took: dict[str, tuple[float, float | None]], running: dict[str, tuple[Contender, Process]], first: Contender
+         ) -> None:
+    """The times; and beside 16 bit, how many times as fast in this very round: by the image, where there is one."""
+    dense = took.get(first.label) if first.is_dense else None
+    for label, (step, image) in took.items():
+        one = running[label][0]
+        one.steps.append(step)
+        one.images += [] if image is None else [image]
+        if dense is not None and one is not first:
+            one.ratios.append(dense[0] / step)
+
+
+def spoken(took: dict[str, tuple[float, float | None]]) -> str:
+    return ", ".join(f"{label} {seconds(step if image is None else image)}" for label, (step, image) in took.items())
+
+
+def compare(one: Contender, dense: Contender) -> None:
+    """With 16 bit that ran at another time: by medians."""
+    if one.steps and not one.ratios and dense.steps:
+        one.facts["apart"] = Spread.of(dense.steps).median / Spread.of(one.steps).median
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+def row_of(one: Contender, dense: Contender, subject: Subject, probe: dict[str, Any]) -> Row:
+    job, facts = one.job, one.facts
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
+    plain = not subject.pipeline
+    row = Row(now, subject.about, subject.weights, probe["device_name"], probe["cpu"], job.threads, probe["kernels"],
+              probe["versions"], job.width, job.height, job.text if plain else "", job.batch if plain else "",
+              int(facts.get("steps") or job.call.get(STEPS) or subject.known.steps), job.kind, one.package,
+              mode=job.mode if job.kind == OURS else "", backends=facts.get("explained", ""), note=one.note)
+    if one.out:
+        return row
+    row.denoiser_bytes = facts["denoiser_bytes"] if one.computed is None else one.computed
+    row.memory_is = "measured" if one.computed is None else "computed"
+    row.fill_times(one.steps, one.images)
+    row.load_s = "" if facts["load_s"] is None else facts["load_s"]
+    row.imports_bytes, row.device_peak_bytes = facts["imports_bytes"], facts.get("device_peak_bytes", "")
+    row.peak_bytes = facts["peak_bytes"] if one.computed is None else ""
+    held = dense.computed or dense.facts.get("denoiser_bytes")
+    if one is not dense and held:
+        row.times_less = held / row.denoiser_bytes
+    if one.ratios or "apart" in facts:
+        row.fill_speedup(one.ratios or [facts["apart"]], bool(one.ratios))
+    return row
