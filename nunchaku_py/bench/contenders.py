@@ -21,11 +21,13 @@ NO_ROOM = "does not fit: needs about {needs}, {left} are free"
 
 @dataclass
 class Contender:
-    """`note`: why it is not measured, or what to know of its figures. computed: bytes that were not measured."""
+    """weights: bytes that those of its denoiser take, about; beside: what else must fit. `note`: why it is not
+    measured, or what to know of its figures. computed: bytes that were not measured."""
 
     job: Job
     package: str
-    needs: int
+    weights: int
+    beside: int
     note: str = ""
     out: bool = False
     computed: int | None = None
@@ -33,6 +35,10 @@ class Contender:
     images: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> int:
+        return self.weights + self.beside
 
     @property
     def label(self) -> str:
@@ -52,10 +58,10 @@ def contenders(subject: Subject, probe: dict[str, Any], job: Job, modes: Sequenc
     found = [_dense(subject, probe, job, left, rest)]
     named = dict.fromkeys(probe["mode"] if mode == "auto" else mode for mode in modes)
     found += [Contender(replace(job, kind=OURS, mode=mode, denoiser=subject.quantized),
-                        f"nunchaku-py {probe['version']}", probe["quantized"] + rest) for mode in named]
+                        f"nunchaku-py {probe['version']}", probe["quantized"], rest) for mode in named]
     for peer in PEERS if peers else ():
         made = Contender(replace(job, kind=peer.label), f"{peer.package} {installed(peer.package)}",
-                         int(PEER_SHARE * probe["dense"]) + rest)
+                         int(PEER_SHARE * probe["dense"]), rest)
         found.append(made)
         if peer.missing:
             made.leave(peer.missing)
@@ -68,8 +74,8 @@ def contenders(subject: Subject, probe: dict[str, Any], job: Job, modes: Sequenc
 def _dense(subject: Subject, probe: dict[str, Any], job: Job, left: int, rest: int) -> Contender:
     package, own = f"torch {probe['torch']}", replace(job, kind=DENSE, mode="", denoiser=subject.dense)
     if probe["dense"] + rest <= left:
-        return Contender(own, package, probe["dense"] + rest)
-    return Contender(replace(own, denoiser="", share=True), package, probe["shared"] + rest,
+        return Contender(own, package, probe["dense"], rest)
+    return Contender(replace(own, denoiser="", share=True), package, probe["shared"], rest,
                      SHARED.format(left=gigabytes(left)), computed=probe["dense"])
 
 

@@ -17,7 +17,8 @@ class Job:
     """`kind`: DENSE, OURS, or the label of a peer. config: of the denoiser, with `_class_name`.
 
     pipeline: the folder whose images are measured, with the denoiser's name in it, or "": one step is. denoiser: the
-    folder to load it from, or "": made with random weights. share: blocks of one kind are the same tensors.
+    folder to load it from, or "": made with random weights. share: blocks of one kind are the same tensors. format,
+    rules: of random weights in 4 bit, as `quantize` takes them.
     call: the pipeline's arguments.
     """
 
@@ -37,6 +38,8 @@ class Job:
     component: str = ""
     denoiser: str = ""
     share: bool = False
+    format: str = "int4"
+    rules: dict[str, str] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     write_to: str = ""
     verbose: bool = False

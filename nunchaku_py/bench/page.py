@@ -103,8 +103,8 @@ def results(rows: Sequence[Row]) -> Iterator[str]:
                   if isinstance(row.times_less, float) else "")
         speed = ""
         if isinstance(row.speedup, float):
-            compared = f"{row.speedup:.2f} times as fast" if row.speedup >= 1 else \
-                f"{1 / row.speedup:.2f} times as slow"
+            times = max(row.speedup, 1 / row.speedup)
+            compared = f"{times:.2f} times as {'fast' if row.speedup >= 1 else 'long'}"
             speed = f", {compared} as in 16 bit ({seconds(dense.step_s)})"
         yield (f"With {row.label} the denoiser takes {gigabytes(row.denoiser_bytes)}{memory}; a step takes "
                f"{seconds(row.step_s)}{speed}.")
@@ -142,12 +142,14 @@ def _facts(rows: Sequence[Row]) -> str:
     first = rows[0]
     backends = "; ".join(dict.fromkeys(row.backends for row in rows if row.backends))
     facts = [("model", first.subject), ("weights", first.weights),
+             ("4-bit format", ", ".join(dict.fromkeys(row.format for row in rows if row.format))),
              ("image", f"{first.width} × {first.height} pixels, {first.steps} steps"),
              ("one call", f"{first.text_tokens} tokens of text, {first.batch} sample(s), 2 where guidance adds one"
               if first.text_tokens != "" else "as the pipeline calls it"),
              ("device", first.device), ("CPU", f"{first.cpu}, {first.threads} threads"), ("kernels", first.kernels),
              ("operators of nunchaku-py", backends), ("versions", first.versions),
-             ("packages", ", ".join(dict.fromkeys(row.package for row in rows))), ("date", f"{first.date} UTC")]
+             ("packages", ", ".join(dict.fromkeys(row.package for row in rows if row.step_s != ""))),
+             ("date", f"{first.date} UTC")]
     return "<table>" + "".join(f'<tr><th>{escape(name)}</th><td class="note">{escape(said)}</td></tr>\n'
                                for name, said in facts if said) + "</table>"
 

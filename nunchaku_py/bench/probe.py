@@ -10,7 +10,7 @@ from .. import __version__
 from ..errors import NunchakuError
 from ..models.discover import blocks_of
 from ..models.pattern import pattern_of
-from ..models.plan import plan
+from ..models.plan import Plan, plan
 from ..site import Site, auto_mode, auto_weights
 from . import machine
 from .inputs import MAKERS
@@ -18,7 +18,6 @@ from .job import Job
 from .quick import CHOICES
 from .random_models import Sources, meta_model
 
-RECIPE = CHOICES["quick-int4"]
 QUANTIZED = 0.62  # bytes of a weight in 4 bits, with scales and branch: to reckon with, not to show
 FOLDED = 1.0  # more, where mode a8 keeps INT8 weights beside the codes
 
@@ -26,15 +25,16 @@ FOLDED = 1.0  # more, where mode a8 keeps INT8 weights beside the codes
 def probe(job: Job) -> dict[str, Any]:
     """Sizes in bytes: of the denoiser in 16 bit, quantized, and in 16 bit with one block of each kind."""
     device = torch.device(chosen(job.device))
-    model = meta_model(job.config, job.name)
+    model, recipe = meta_model(job.config, job.name), CHOICES[f"quick-{job.format}"]
+    planned = plan(model, recipe.kind, job.rules)
     dense = bytes_of(model)
     return {"device": str(device), "device_name": device_name(device), "cpu": machine.cpu_name(),
             "memory_left": memory_left(device), "version": __version__, "versions": machine.versions(),
             "torch": torch.__version__,
             "kernels": machine.kernels() if device.type == "cpu" else f"CUDA {torch.version.cuda}",
-            "mode": auto_mode(Site(RECIPE.kind, RECIPE.format, RECIPE.group or 64), device),
+            "mode": auto_mode(Site(recipe.kind, recipe.format, recipe.group or 64), device),
             "parameters": sum(parameter.numel() for parameter in model.parameters()), "dense": dense,
-            "quantized": quantized_bytes(model, device), "shared": shared_bytes(model),
+            "quantized": quantized_bytes(model, planned, device), "shared": shared_bytes(model),
             "inputs": type(model).__name__ in MAKERS}
 
 
@@ -50,9 +50,9 @@ def bytes_of(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def quantized_bytes(model: nn.Module, device: torch.device) -> int:
+def quantized_bytes(model: nn.Module, planned: Plan, device: torch.device) -> int:
     """About."""
-    weights = sum(model.get_submodule(name).weight.numel() for name in plan(model, RECIPE.kind).choices)
+    weights = sum(model.get_submodule(name).weight.numel() for name in planned.choices)
     taken = QUANTIZED + (FOLDED if auto_weights(device) == "int8" else 0)
     return bytes_of(model) - int((2 - taken) * weights)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,11 +90,11 @@ def random_model(model: nn.Module, distinct: int, device: str = "cpu", share: bo
 
 
 @torch.no_grad()
-def random_quantized(model: nn.Module, recipe: Recipe, mode: str, device: str = "cpu", told: Told = silent
-                     ) -> nn.Module:
+def random_quantized(model: nn.Module, recipe: Recipe, mode: str, device: str = "cpu", told: Told = silent,
+                     rules: Mapping[str, str] | None = None) -> nn.Module:
     """Quantized, from a model on the meta device, which becomes it; its 16-bit weights are never all there."""
     torch.manual_seed(0)
-    planned, source_of = plan(model, recipe.kind), Sources(model, 1)
+    planned, source_of = plan(model, recipe.kind, rules), Sources(model, 1)
     run = Run(model, Engine(recipe, context_of(recipe, BF16)), planned, jobs_of(planned), BF16, mode=mode)
     chosen = {name for job in run.jobs for name in job.names}
     owner = {name: name.rpartition(".")[0] for name in model.state_dict()}

@@ -16,8 +16,9 @@ HEADER = ("contender", "memory", "less by", "step", "speed", "image", "load", "p
 @dataclass
 class Row:
     """Seconds, bytes. step: all calls of the denoiser for one denoising step; speedup: over 16 bit, round by round
-    where `in_turns`; image: `measured`, or `computed` as steps × step; denoiser_bytes: of all its tensors, `measured`
-    or `computed`; peak_bytes: of the process, with what imports take; device_peak_bytes: of the GPU, by it."""
+    where `in_turns`; image: `measured`, or `computed` as steps × step; format: of weights that are random, with the
+    rules given; denoiser_bytes: of all its tensors, `measured` or `computed`; peak_bytes: of the process, with what
+    imports take; device_peak_bytes: of the GPU, by it."""
 
     date: str
     subject: str
@@ -35,6 +36,7 @@ class Row:
     contender: str
     package: str
     mode: str = ""
+    format: str = ""
     backends: str = ""
     denoiser_bytes: int | str = ""
     memory_is: str = ""

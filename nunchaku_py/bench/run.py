@@ -5,9 +5,9 @@ import datetime
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Options:
     steps: int | None = None
     rounds: int | None = None
     modes: Sequence[str] = ("auto",)
+    format: str = "int4"
+    rules: Mapping[str, str] = field(default_factory=dict)
     peers: bool = True
     load: bool = True
     device: str = "auto"
@@ -47,7 +49,8 @@ class Options:
 def run_bench(subject: Subject, options: Options, out: Path, told: Told) -> list[Row]:
     """A row for each contender. `out` is there; checkpoints lie in it while they are needed."""
     subject.check_size(options.width, options.height)
-    job = Job(PROBE, "", subject.about, subject.config, 0, 0, options.device, options.threads, verbose=options.verbose)
+    job = Job(PROBE, "", subject.about, subject.config, 0, 0, options.device, options.threads,
+              format=options.format, rules=dict(options.rules), verbose=options.verbose)
     probe = result_of(job, "known", told)
     if not (subject.pipeline or probe["inputs"]):
         raise NunchakuError(f"{subject.about}: what a step of it is called with is not known; name the folder of a "
@@ -92,7 +95,7 @@ def heading(subject: Subject, probe: dict[str, Any], job: Job) -> str:
 def write_checkpoints(found: Sequence[Contender], folder: Path, told: Told) -> None:
     """Of random weights, at their real size, so that loading them is what loading is; where the disk has room."""
     wanted = checkpoints(found)
-    sizes = {one.job.kind: one.needs for one in found}
+    sizes = {one.job.kind: one.weights for one in found}
     for kind, job in wanted.items():
         needs, free = int(DISK * sizes[kind]), shutil.disk_usage(folder).free
         if needs > free:
@@ -185,10 +188,13 @@ def row_of(one: Contender, dense: Contender, subject: Subject, probe: dict[str, 
     job, facts = one.job, one.facts
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
     plain = not subject.pipeline
+    given = "".join(f", {glob}={choice}" for glob, choice in job.rules.items())
     row = Row(now, subject.about, subject.weights, probe["device_name"], probe["cpu"], job.threads, probe["kernels"],
               probe["versions"], job.width, job.height, job.text if plain else "", job.batch if plain else "",
               int(facts.get("steps") or job.call.get(STEPS) or subject.known.steps), job.kind, one.package,
-              mode=job.mode if job.kind == OURS else "", backends=facts.get("explained", ""), note=one.note)
+              mode=job.mode if job.kind == OURS else "",
+              format="" if job.kind != OURS or subject.quantized else f"{job.format}{given}",
+              backends=facts.get("explained", ""), note=one.note)
     if one.out:
         return row
     row.denoiser_bytes = facts["denoiser_bytes"] if one.computed is None else one.computed

@@ -124,7 +124,7 @@ class Subject:
             self.told("drawing random weights")
             return random_model(empty, 1, job.device, job.share)
         if job.kind == OURS:
-            return random_quantized(empty, CHOICES["quick-int4"], job.mode, job.device, self.told)
+            return random_quantized(empty, CHOICES[f"quick-{job.format}"], job.mode, job.device, self.told, job.rules)
         peer = BY_LABEL[job.kind]
         return random_converted(empty, peer.convert, int(peer.copies), job.device, self.told)
 
@@ -137,6 +137,7 @@ class Subject:
 
     def load(self) -> float | None:
         """Seconds of loading from disk to where it runs; None where the denoiser was made here."""
+        from .held import read_all
         from .machine import forget_peak
 
         random = not self.job.denoiser
@@ -149,6 +150,7 @@ class Subject:
         if not random:
             self.model = self.from_disk()
         self.open_pipeline() if self.job.pipeline else self.open_model()
+        read_all(self.model)
         self.start_peak()
         return None if random else self.now() - started
 

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=whole(1, 1000), metavar="N", help="turns of everybody, after one that does not count "
         "(default: 3 on a CPU, 10 on a GPU). A turn is a step, of a pipeline an image")
     add("--modes", type=modes, default=("auto",), metavar="MODE,…", help="of ours: auto, a4, a8, a16 (default auto)")
+    add("--format", choices=("int4", "nvfp4"), default="int4", help="of our random weights (default int4)")
+    add("--rule", action="append", default=[], metavar="GLOB=CHOICE",
+        help="linears of ours by name: w4a4, w4a16 or keep, as quantize takes it; may be repeated")
     add("--peers", action=argparse.BooleanOptionalAction, default=True,
         help="torchao, bitsandbytes, sdnq, optimum-quanto, those that are installed")
     add("--load", action=argparse.BooleanOptionalAction, default=True,
@@ -58,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.report import write
     from ..bench.run import Options, run_bench
     from ..bench.subject import subject_of
+    from .quantize import rules_of
 
     subject = subject_of(args.model, args.prompt, args.steps)
-    options = Options(args.width, args.height, args.steps, args.rounds, args.modes, args.peers, args.load, args.device,
+    options = Options(args.width, args.height, args.steps, args.rounds, args.modes, args.format,
+                      rules_of(args.rule), args.peers, args.load, args.device,
                       args.threads or cores(), args.quick, args.verbose)
     out = args.out or OUT / subject.name
     made = _made(out)

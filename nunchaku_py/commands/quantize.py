@@ -5,6 +5,7 @@ import argparse
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,16 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
     if args.out.suffix.lower() == ".safetensors" and len(components) > 1:
         raise NunchakuError(f"{args.out}: one file holds one model, {len(components)} components are to be quantized")
     prompts = None if args.prompts is None else _prompts(args.prompts, source.call)
+    return Wanted(components, rules_of(args.rule), prompts, args.dtype or source.dtype(list(components)))
+
+
+def rules_of(given: Sequence[str]) -> dict[str, str]:
+    """Of --rule, in order."""
     rules: dict[str, str] = {}
-    for glob, choice in (_pair(rule, "--rule", "GLOB=CHOICE") for rule in args.rule):
+    for glob, choice in (_pair(rule, "--rule", "GLOB=CHOICE") for rule in given):
         rules.pop(glob, None)  # said again it takes the later place
         rules[glob] = choice
-    return Wanted(components, rules, prompts,
-                  args.dtype or source.dtype(list(components)))
+    return rules
 
 
 def _components(args: argparse.Namespace, source: Source) -> dict[str, str]:
