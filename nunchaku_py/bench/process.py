@@ -71,7 +71,7 @@ class Process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.child.wait(GRACE)
         code = self.child.poll()
-        if code == -signal.SIGKILL:
+        if code is not None and code == -getattr(signal, "SIGKILL", 0):  # Windows has none
             return "was killed by the system, most likely for lack of memory"
         if code is not None and code < 0:
             return f"crashed with signal {-code} ({signal.Signals(-code).name}){self.last_line()}"

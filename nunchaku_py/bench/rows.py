@@ -113,7 +113,13 @@ def gigabytes(count: int | str) -> str:
 
 
 def text(rows: Sequence[Row]) -> str:
-    return table(HEADER, [row.cells() for row in rows])
+    """The rows with figures as a table; below it, who has none and why, and what else is to be said."""
+    measured = [row.cells()[:-1] for row in rows if row.step_s != ""]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        notes.setdefault(row.note, []).append(row.label)
+    said = [f"{', '.join(labels)}: {note}" for note, labels in notes.items() if note]
+    return "\n".join([table(HEADER[:-1], measured), *said] if measured else said)
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
