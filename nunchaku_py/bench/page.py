@@ -42,8 +42,8 @@ MEANINGS = (
     ("speed", "how many times as fast as 16 bit a step is: the ratio is taken within each round, and its median and "
      "quartiles are shown. Greater is better; below 1 is slower"),
     ("image", "of a pipeline: from the prompt to the picture, with text encoders and decoder, measured. Of a model "
-     "alone: the usual number of steps times the step, computed (~), without text encoders and decoder. Less is "
-     "better"),
+     "alone: the usual number of steps times the step, computed (~); with text encoders and decoder only where their "
+     "times are said below. Less is better"),
     ("load", "from the files on disk until the model is ready on its device. Files that were just written or read are "
      "still in the system's memory, so a first load from a cold disk takes longer. Less is better"),
     ("peak memory", "on a GPU: the most that PyTorch took of its memory. On a CPU: the most that the whole process "
@@ -146,6 +146,8 @@ def _facts(rows: Sequence[Row]) -> str:
              ("image", f"{first.width} × {first.height} pixels, {first.steps} steps"),
              ("one call", f"{first.text_tokens} tokens of text, {first.batch} sample(s), 2 where guidance adds one"
               if first.text_tokens != "" else "as the pipeline calls it"),
+             ("text encoders, decoder", f"{seconds(first.text_s)}, {seconds(first.decoder_s)}: once an image, in 16 bit"
+              if first.text_s != "" else ""),
              ("device", first.device), ("CPU", f"{first.cpu}, {first.threads} threads"), ("kernels", first.kernels),
              ("operators of nunchaku-py", backends), ("versions", first.versions),
              ("packages", ", ".join(dict.fromkeys(row.package for row in rows if row.step_s != ""))),

@@ -16,7 +16,8 @@ HEADER = ("contender", "memory", "less by", "step", "speed", "image", "load", "p
 @dataclass
 class Row:
     """Seconds, bytes. step: all calls of the denoiser for one denoising step; speedup: over 16 bit, round by round
-    where `in_turns`; image: `measured`, or `computed` as steps × step; format: of weights that are random, with the
+    where `in_turns`; image: `measured`, or `computed` as steps × step, and what text
+    encoders and decoder take where that is known; format: of weights that are random, with the
     rules given; denoiser_bytes: of all its tensors, `measured` or `computed`; peak_bytes: of the process, with what
     imports take; device_peak_bytes: of the GPU, by it."""
 
@@ -49,6 +50,8 @@ class Row:
     speedup_low: float | str = ""
     speedup_high: float | str = ""
     in_turns: str = ""
+    text_s: float | str = ""
+    decoder_s: float | str = ""
     image_s: float | str = ""
     image_is: str = ""
     load_s: float | str = ""
@@ -67,7 +70,8 @@ class Row:
         self.rounds, self.rounds_s = len(steps), " ".join(f"{value:.4g}" for value in steps)
         self.step_s, self.step_low_s, self.step_high_s = took.median, took.low, took.high
         self.image_is = "measured" if images else "computed"
-        self.image_s = Spread.of(images).median if images else self.steps * took.median
+        self.image_s = Spread.of(images).median if images else (
+            self.steps * took.median + (self.text_s or 0) + (self.decoder_s or 0))
 
     def fill_speedup(self, ratios: Sequence[float], in_turns: bool) -> None:
         ratio = Spread.of(ratios)

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..errors import NunchakuError
 from .contenders import Contender, checkpoints, contenders, groups, load_from
-from .job import MEASURE, OURS, PROBE, STEPS, Job
+from .job import BESIDE, MEASURE, OURS, PROBE, STEPS, Job
+from .parts import DECODER, PARTS, TEXT
 from .process import Failed, Process, result_of
 from .rows import Row, gigabytes, seconds
 from .spread import Spread
@@ -40,6 +41,7 @@ class Options:
     rules: Mapping[str, str] = field(default_factory=dict)
     peers: bool = True
     load: bool = True
+    end_to_end: bool = False
     device: str = "auto"
     threads: int = 1
     quick: bool = False
@@ -49,6 +51,9 @@ class Options:
 def run_bench(subject: Subject, options: Options, out: Path, told: Told) -> list[Row]:
     """A row for each contender. `out` is there; checkpoints lie in it while they are needed."""
     subject.check_size(options.width, options.height)
+    if options.end_to_end and not subject.pipeline and subject.name not in PARTS:
+        raise NunchakuError(f"--end-to-end: what is beside the denoiser of {subject.about} is not known; name the "
+                            f"folder of its pipeline, or one of {', '.join(PARTS)}")
     job = Job(PROBE, "", subject.about, subject.config, 0, 0, options.device, options.threads,
               format=options.format, rules=dict(options.rules), verbose=options.verbose)
     probe = result_of(job, "known", told)
@@ -66,7 +71,8 @@ def run_bench(subject: Subject, options: Options, out: Path, told: Told) -> list
             measure(group, rounds, told)
     for one in found[1:]:
         compare(one, found[0])
-    return [row_of(one, found[0], subject, probe) for one in found]
+    beside = parts_beside(replace(job, name=subject.name), told) if options.end_to_end and not subject.pipeline else {}
+    return [row_of(one, found[0], subject, probe, beside) for one in found]
 
 
 def shared_job(subject: Subject, options: Options, probe: dict[str, Any], job: Job) -> Job:
@@ -173,6 +179,17 @@ def keep(took: dict[str, tuple[float, float | None]], running: dict[str, tuple[C
             one.ratios.append(dense[0] / step)
 
 
+def parts_beside(job: Job, told: Told) -> dict[str, float]:
+    """Seconds of text encoders and decoder, the same for all; nothing, where they do not fit."""
+    try:
+        found = result_of(replace(job, task=BESIDE), "measured", lambda what: told(f"{BESIDE}: {what}"))
+    except Failed as why:
+        told(f"text encoders and decoder are not measured: {why}")
+        return {}
+    told(f"text encoders {seconds(found[TEXT])}, decoder {seconds(found[DECODER])}")
+    return {name: found[name] for name in (TEXT, DECODER)}
+
+
 def spoken(took: dict[str, tuple[float, float | None]]) -> str:
     return ", ".join(f"{label} {seconds(step if image is None else image)}" for label, (step, image) in took.items())
 
@@ -184,7 +201,7 @@ def compare(one: Contender, dense: Contender) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
-def row_of(one: Contender, dense: Contender, subject: Subject, probe: dict[str, Any]) -> Row:
+def row_of(one: Contender, dense: Contender, subject: Subject, probe: dict[str, Any], beside: dict[str, float]) -> Row:
     job, facts = one.job, one.facts
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
     plain = not subject.pipeline
@@ -199,6 +216,7 @@ def row_of(one: Contender, dense: Contender, subject: Subject, probe: dict[str, 
         return row
     row.denoiser_bytes = facts["denoiser_bytes"] if one.computed is None else one.computed
     row.memory_is = "measured" if one.computed is None else "computed"
+    row.text_s, row.decoder_s = beside.get(TEXT, ""), beside.get(DECODER, "")
     row.fill_times(one.steps, one.images)
     row.load_s = "" if facts["load_s"] is None else facts["load_s"]
     row.imports_bytes, row.device_peak_bytes = facts["imports_bytes"], facts.get("device_peak_bytes", "")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .job import DENSE, END, OURS, PROBE, STEPS, TURN, WRITE, Job
+from .job import BESIDE, DENSE, END, OURS, PROBE, STEPS, TURN, WRITE, Job
 
 
 def main() -> None:
@@ -58,7 +58,16 @@ def run(job: Job, say: Say) -> None:
 
         say("known", **probe(job))
         return
-    subject = Subject(job, lambda what: say("doing", sentence=what))
+
+    def told(what: str) -> None:
+        say("doing", sentence=what)
+
+    if job.task == BESIDE:
+        from .parts import measure_parts
+
+        say("measured", **measure_parts(job, told))
+        return
+    subject = Subject(job, told)
     if job.task == WRITE:
         subject.write()
         say("written")

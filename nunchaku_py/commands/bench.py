@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="torchao, bitsandbytes, sdnq, optimum-quanto, those that are installed")
     add("--load", action=argparse.BooleanOptionalAction, default=True,
         help="measure loading, from checkpoints of random weights that need the disk for a while")
+    add("--end-to-end", action="store_true", help="of a name: text encoders and decoder, too, with random weights")
     add("--prompt", default=PROMPT, help="of a pipeline")
     add("--out", type=Path, metavar="DIR", help=f"folder for what is written (default ./{OUT}/NAME)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     subject = subject_of(args.model, args.prompt, args.steps)
     options = Options(args.width, args.height, args.steps, args.rounds, args.modes, args.format,
-                      rules_of(args.rule), args.peers, args.load, args.device,
+                      rules_of(args.rule), args.peers, args.load,
+                      args.end_to_end, args.device,
                       args.threads or cores(), args.quick, args.verbose)
     out = args.out or OUT / subject.name
     made = _made(out)

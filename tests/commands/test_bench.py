@@ -19,7 +19,7 @@ import torch
 import nunchaku_py as nq
 from nunchaku_py import cli
 from nunchaku_py.bench import contenders as sides
-from nunchaku_py.bench import report, run
+from nunchaku_py.bench import parts, report, run
 from nunchaku_py.bench.contenders import OVERHEAD, Contender, contenders, groups
 from nunchaku_py.bench.held import held_bytes
 from nunchaku_py.bench.inputs import inputs_of
@@ -135,6 +135,24 @@ def test_scales_beside_a_weight_are_counted() -> None:
     linear = torch.nn.Linear(4, 8, bias=False)
     linear.weight.quant_state = State(3, State(2))
     assert held_bytes(linear) == 4 * (4 * 8 + 3 + 2)
+
+
+@pytest.mark.parametrize(("part", "millions"), [
+    (parts.LARGE, 123), (parts.LARGE_PROJECTED, 124), (parts.BIG_G, 695), (parts.t5(8), 4762), (parts.LATENT_4, 83.7),
+    (parts.LATENT_16, 83.8)])
+def test_parts_beside_the_denoiser_have_their_published_sizes(part: parts.Part, millions: float) -> None:
+    model = parts.empty_part(part)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1e6 * millions, rel=0.01)
+
+
+def test_text_encoders_and_decoder_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrowed = {"num_layers": 1, "d_model": 64, "d_kv": 8, "d_ff": 64, "num_heads": 2, "vocab_size": 1000}
+    small = (replace(parts.t5(8), config={**parts.t5(8).config, **narrowed}),
+             replace(parts.LATENT_4, config={**parts.LATENT_4.config, "block_out_channels": 4 * [32]}))
+    monkeypatch.setitem(parts.PARTS, "sdxl", small)
+    said: list[str] = []
+    took = parts.measure_parts(replace(COMMON, name="sdxl", batch=2), said.append)
+    assert took["text"] > 0 and took["decoder"] > 0 and len(said) == 2 and said[0].startswith("making T5EncoderModel")
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -344,6 +362,7 @@ def test_interrupting_ends_everybody_and_leaves_nothing(tmp_path: Path) -> None:
     (["no-such-model"], "no-such-model: neither a folder nor a model known by name; known are flux.1-dev, "),
     (["sdxl", "--width", "500"], "--width 500: images of SDXL have sides that are multiples of 8"),
     (["flux.1-dev", "--height", "1000"], "--height 1000: images of FLUX.1-dev have sides that are multiples of 16"),
+    (["z-image", "--end-to-end"], "--end-to-end: what is beside the denoiser of Z-Image is not known; name the folder"),
     (["sdxl", "--device", "cuda:7"], "--device cuda:7: "),
     (["sdxl", "--rule", "*.ff"], "--rule: expected GLOB=CHOICE, got '*.ff'"),
 ])
@@ -388,6 +407,9 @@ def test_numbers_as_people_read_them() -> None:
     one = row(contender=OURS, mode="a8", denoiser_bytes=6_700_000_000, memory_is="measured", times_less=3.5)
     one.fill_times([2.0, 3.0, 4.0], [])
     one.fill_speedup([1.5], False)
+    whole = row(text_s=1.0, decoder_s=2.0)
+    whole.fill_times([2.0], [])
+    assert whole.image_s == 4 * 2.0 + 1.0 + 2.0
     assert one.cells()[:7] == ["nunchaku-py a8", "6.70 GB", "3.50x", "3 s (2.5 s-3.5 s)", "~1.50x (1.50-1.50)", "~12 s",
                                ""]
     assert "a &lt;model&gt;" in page([row(), one], None) and "<model>" not in page([row(), one], None)
