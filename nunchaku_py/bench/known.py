@@ -1,6 +1,6 @@
 """Real models by name, as data: the arguments that make them of diffusers' classes, and what one step calls them with.
 
-Without torch, so that the command line looks names up at once. tests/commands/test_bench.py builds each on the meta
+Without torch, so that the command line looks names up at once. tests/bench/test_models.py builds each on the meta
 device and counts its parameters.
 """
 from __future__ import annotations
