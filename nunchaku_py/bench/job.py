@@ -9,7 +9,7 @@ DENSE, OURS = "16 bit", "nunchaku-py"
 # What a process does: say what is there; write a checkpoint; hold a model and take turns; time what is beside it.
 PROBE, WRITE, MEASURE, BESIDE = "probe", "write", "measure", "beside"
 STEPS = "num_inference_steps"  # what pipelines call them
-TURN, END = "turn", "end"  # what a measuring process is asked for
+TURN = "turn"  # what a measuring process is asked for, until there is no more to read
 
 
 @dataclass(frozen=True)

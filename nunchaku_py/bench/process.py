@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import NunchakuError
-from .job import END, TURN, Job
+from .job import TURN, Job
 
 GRACE = 5.0  # seconds to end by itself
 # In a process of its own everything is found where it is found here, a source tree that is not installed included.
@@ -56,16 +56,10 @@ class Process:
             self.told(said["sentence"])
         raise Failed(self.why_it_ended())
 
-    def turn(self) -> tuple[float, float | None]:
-        """Seconds of one step, and of one image where a pipeline makes it."""
+    def turn(self) -> dict[str, Any]:
+        """Seconds of one step, and of one image where a pipeline makes it; what it has taken of memory by then."""
         self.ask(TURN)
-        said = self.answer("turned")
-        return said["step_s"], said["image_s"]
-
-    def end(self) -> dict[str, Any]:
-        """What it took in all."""
-        self.ask(END)
-        return self.answer("ended")
+        return self.answer("turned")
 
     def why_it_ended(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

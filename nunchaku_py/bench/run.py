@@ -24,6 +24,7 @@ SIDE = {"cpu": 512}  # pixels of an image unless told otherwise; on GPUs, what t
 ROUNDS = {"cpu": 3}
 GPU_ROUNDS = 10
 QUICK_SIDE, QUICK_STEPS = 128, 2
+INTERRUPTED = "interrupted before its turn"
 DISK = 1.05  # of the weights, that checkpoints take
 Told = Callable[[str], None]
 
@@ -48,8 +49,9 @@ class Options:
     verbose: bool = False
 
 
-def run_bench(subject: Subject, options: Options, out: Path, told: Told) -> list[Row]:
-    """A row for each contender. `out` is there; checkpoints lie in it while they are needed."""
+def run_bench(subject: Subject, options: Options, out: Path, told: Told) -> tuple[list[Row], bool]:
+    """A row for each contender, and whether all rounds were run. `out` is there; checkpoints lie in it while they are
+    needed."""
     subject.check_size(options.width, options.height)
     if options.end_to_end and not subject.pipeline and subject.name not in PARTS:
         raise NunchakuError(f"--end-to-end: what is beside the denoiser of {subject.about} is not known; name the "
@@ -67,12 +69,12 @@ def run_bench(subject: Subject, options: Options, out: Path, told: Told) -> list
         if options.load and not options.quick:
             write_checkpoints(found, Path(scratch), told)
         rounds = options.rounds or (1 if options.quick else ROUNDS.get(probe["device"], GPU_ROUNDS))
-        for group in groups(found, probe["memory_left"]):
-            measure(group, rounds, told)
+        finished = measure_all(found, probe["memory_left"], rounds, told)
     for one in found[1:]:
         compare(one, found[0])
-    beside = parts_beside(replace(job, name=subject.name), told) if options.end_to_end and not subject.pipeline else {}
-    return [row_of(one, found[0], subject, probe, beside) for one in found]
+    wanted = options.end_to_end and not subject.pipeline and finished
+    beside = parts_beside(replace(job, name=subject.name), told) if wanted else {}
+    return [row_of(one, found[0], subject, probe, beside) for one in found], finished
 
 
 def shared_job(subject: Subject, options: Options, probe: dict[str, Any], job: Job) -> Job:
@@ -120,22 +122,35 @@ def write_checkpoints(found: Sequence[Contender], folder: Path, told: Told) -> N
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
+def measure_all(found: Sequence[Contender], left: int, rounds: int, told: Told) -> bool:
+    """False if somebody interrupted it after at least one round; before, there is nothing to keep."""
+    try:
+        for group in groups(found, left):
+            measure(group, rounds, told)
+    except KeyboardInterrupt:
+        if not any(one.steps for one in found):
+            raise
+        for one in found:
+            if not (one.out or one.steps):
+                one.leave(INTERRUPTED)
+        return False
+    return True
+
+
 def measure(group: Sequence[Contender], rounds: int, told: Told) -> None:
     """Everybody ready, a turn that does not count, then rounds of turns."""
     with ExitStack() as stack:
         running: dict[str, tuple[Contender, Process]] = {}
         for one in group:
             attempt(one, running, lambda one=one: start(one, stack, running, told), told)
-        once = dict(turns(running, told))
+        once = turns(running, told)
         if once:
             told(f"warm-up: {spoken(once)}; {rounds} round{'s' if rounds > 1 else ''} of that, about "
-                 f"{seconds(rounds * sum(image or step for step, image in once.values()))}")
+                 f"{seconds(rounds * sum(took['image_s'] or took['step_s'] for took in once.values()))}")
         for number in range(rounds):
-            took = dict(turns(running, told))
+            took = turns(running, told)
             keep(took, running, group[0])
             told(f"round {number + 1} of {rounds}: {spoken(took)}")
-        for one, process in list(running.values()):
-            attempt(one, running, lambda one=one, process=process: one.facts.update(process.end()), told)
 
 
 def attempt(one: Contender, running: dict[str, tuple[Contender, Process]], action: Callable[[], object], told: Told
@@ -145,7 +160,9 @@ def attempt(one: Contender, running: dict[str, tuple[Contender, Process]], actio
         action()
     except Failed as why:
         running.pop(one.label, None)
-        if "peak_bytes" not in one.facts:  # else it has been measured beside others
+        if one.steps:
+            one.note = f"failed after {len(one.steps)} rounds: {why}"
+        else:
             one.leave(str(why))
         told(f"{one.label}: {why}")
 
@@ -159,24 +176,24 @@ def start(one: Contender, stack: ExitStack, running: dict[str, tuple[Contender, 
     told(f"{one.label}: ready{loaded}, holds {gigabytes(facts['denoiser_bytes'])}")
 
 
-def turns(running: dict[str, tuple[Contender, Process]], told: Told) -> dict[str, tuple[float, float | None]]:
-    """Label → seconds of a step, and of an image."""
-    took: dict[str, tuple[float, float | None]] = {}
+def turns(running: dict[str, tuple[Contender, Process]], told: Told) -> dict[str, dict[str, Any]]:
+    """Label → what its turn took."""
+    took: dict[str, dict[str, Any]] = {}
     for label, (one, process) in list(running.items()):
         attempt(one, running, lambda label=label, process=process: took.update({label: process.turn()}), told)
     return took
 
 
-def keep(took: dict[str, tuple[float, float | None]], running: dict[str, tuple[Contender, Process]], first: Contender
-         ) -> None:
-    """The times; and beside 16 bit, how many times as fast in this very round: by the image, where there is one."""
+def keep(took: dict[str, dict[str, Any]], running: dict[str, tuple[Contender, Process]], first: Contender) -> None:
+    """The times; and beside 16 bit, how many times as fast a step is in this very round."""
     dense = took.get(first.label) if first.is_dense else None
-    for label, (step, image) in took.items():
+    for label, found in took.items():
         one = running[label][0]
-        one.steps.append(step)
-        one.images += [] if image is None else [image]
+        one.facts.update(found)
+        one.steps.append(found["step_s"])
+        one.images += [] if found["image_s"] is None else [found["image_s"]]
         if dense is not None and one is not first:
-            one.ratios.append(dense[0] / step)
+            one.ratios.append(dense["step_s"] / found["step_s"])
 
 
 def parts_beside(job: Job, told: Told) -> dict[str, float]:
@@ -190,8 +207,8 @@ def parts_beside(job: Job, told: Told) -> dict[str, float]:
     return {name: found[name] for name in (TEXT, DECODER)}
 
 
-def spoken(took: dict[str, tuple[float, float | None]]) -> str:
-    return ", ".join(f"{label} {seconds(step if image is None else image)}" for label, (step, image) in took.items())
+def spoken(took: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{label} {seconds(found['image_s'] or found['step_s'])}" for label, found in took.items())
 
 
 def compare(one: Contender, dense: Contender) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .job import BESIDE, DENSE, END, OURS, PROBE, STEPS, TURN, WRITE, Job
+from .job import BESIDE, DENSE, OURS, PROBE, STEPS, WRITE, Job
 
 
 def main() -> None:
@@ -84,13 +84,9 @@ def measure(subject: Subject, say: Say) -> None:
     loaded = subject.load()
     say("ready", load_s=loaded, denoiser_bytes=subject.held(), imports_bytes=imports, explained=subject.explained(),
         steps=subject.steps)
-    for line in sys.stdin:
-        if line.strip() == TURN:
-            step, image = subject.turn()
-            say("turned", step_s=step, image_s=image)
-        elif line.strip() == END:
-            break
-    say("ended", peak_bytes=memory()["VmHWM"], **subject.device_peak())
+    for _ in sys.stdin:
+        step, image = subject.turn()
+        say("turned", step_s=step, image_s=image, peak_bytes=memory()["VmHWM"], **subject.device_peak())
 
 
 @dataclass

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or OUT / subject.name
     made = _made(out)
     try:
-        rows = run_bench(subject, options, out, lambda what: print(what, flush=True))
+        rows, finished = run_bench(subject, options, out, lambda what: print(what, flush=True))
     except BaseException as stop:
         if made:
             with contextlib.suppress(OSError):
@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         raise
     for line in write(rows, out):
         print(line)
+    if not finished:
+        raise KeyboardInterrupt(f"interrupted; what was measured by then is in {out}")
     return 0 if any(row.step_s != "" for row in rows) else 1
 
 

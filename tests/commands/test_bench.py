@@ -253,6 +253,24 @@ def test_interrupting_ends_everybody_and_leaves_nothing(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_interrupting_after_a_round_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture) -> None:
+    """16 bit and a8 are alone, as they do not fit beside each other; a8 is never reached."""
+    def once(group: list[Contender], rounds: int, told: Any) -> None:
+        if not group[0].is_dense:
+            raise KeyboardInterrupt
+        group[0].steps.append(2.0)
+        group[0].facts.update(denoiser_bytes=8, load_s=None, imports_bytes=1, peak_bytes=2)
+
+    monkeypatch.setattr(run, "measure", once)
+    monkeypatch.setattr(run, "groups", lambda found, left: [[one] for one in found])
+    out = tmp_path / "out"
+    assert cli.main(["bench", "tiny-flux", "--quick", "--no-peers", "--out", str(out)]) == 130
+    said = capsys.readouterr()
+    assert said.err == f"nunchaku-py: interrupted; what was measured by then is in {out}\n"
+    assert f"{OURS} a8: {run.INTERRUPTED}" in said.out and (out / report.PAGE).exists()
+
+
 @pytest.mark.parametrize(("argv", "said"), [
     (["no-such-model"], "no-such-model: neither a folder nor a model known by name; known are flux.1-dev, "),
     (["sdxl", "--width", "500"], "--width 500: images of SDXL have sides that are multiples of 8"),
