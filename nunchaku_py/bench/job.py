@@ -19,7 +19,7 @@ class Job:
     pipeline: the folder whose images are measured, with the denoiser's name in it, or "": one step is. denoiser: the
     folder to load it from, or "": made with random weights. share: blocks of one kind are the same tensors. format,
     rules: of random weights in 4 bit, as `quantize` takes them.
-    call: the pipeline's arguments.
+    call: the pipeline's arguments. threads: 0 for as many as PyTorch takes.
     """
 
     task: str

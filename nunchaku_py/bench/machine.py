@@ -1,7 +1,6 @@
 """The machine and the software that something was measured with, and how much memory there is and is taken."""
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -95,8 +94,3 @@ def kernels() -> str:
     if native.module is None or forced_backend() == "torch":
         return "plain PyTorch operators"
     return f"CPU kernels for {native.cpu_isa()}"
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,7 @@
 """What must be known before anything is made: the machine, the device, and how large the model is in which form."""
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -33,17 +34,24 @@ def probe(job: Job) -> dict[str, Any]:
             "torch": torch.__version__,
             "kernels": machine.kernels() if device.type == "cpu" else f"CUDA {torch.version.cuda}",
             "mode": auto_mode(Site(recipe.kind, recipe.format, recipe.group or 64), device),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()), "dense": dense,
+            "threads": torch.get_num_threads(), "dense": dense,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "quantized": quantized_bytes(model, planned, device), "shared": shared_bytes(model),
             "inputs": type(model).__name__ in MAKERS}
 
 
 def chosen(wanted: str) -> str:
-    """"auto": a GPU where there is one."""
-    there = torch.cuda.is_available()
-    if wanted.startswith("cuda") and not there:
-        raise NunchakuError(f"--device {wanted}: this PyTorch sees no CUDA device")
-    return ("cuda" if there else "cpu") if wanted == "auto" else wanted
+    """A GPU by its number. "auto": one where there is one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or wanted == "auto" and not count:
+        return "cpu"
+    named = re.fullmatch(r"auto|cuda(?::(\d+))?", wanted)
+    if named is None:
+        raise NunchakuError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N")
+    index = int(named[1] or (torch.cuda.current_device() if count else 0))
+    if index >= count:
+        raise NunchakuError(f"--device {wanted}: this PyTorch sees {count or 'no'} CUDA device{'s' * (count > 1)}")
+    return f"cuda:{index}"
 
 
 def bytes_of(model: nn.Module) -> int:

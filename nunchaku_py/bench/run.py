@@ -44,7 +44,7 @@ class Options:
     load: bool = True
     end_to_end: bool = False
     device: str = "auto"
-    threads: int = 1
+    threads: int = 0
     quick: bool = False
     verbose: bool = False
 
@@ -86,9 +86,9 @@ def shared_job(subject: Subject, options: Options, probe: dict[str, Any], job: J
     if subject.pipeline:
         call |= {name: value for name, value in (("width", width), ("height", height)) if value}
         call |= {STEPS: QUICK_STEPS} if options.quick and options.steps is None else {}
-    return replace(job, task=MEASURE, device=probe["device"], width=width, height=height, text=known.text,
-                   batch=known.batch, calls=known.calls, pipeline=subject.pipeline, component=subject.component,
-                   call=call)
+    return replace(job, task=MEASURE, device=probe["device"], threads=probe["threads"], width=width,
+                   height=height, text=known.text, batch=known.batch, calls=known.calls, pipeline=subject.pipeline,
+                   component=subject.component, call=call)
 
 
 def heading(subject: Subject, probe: dict[str, Any], job: Job) -> str:

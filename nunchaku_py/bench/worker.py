@@ -51,7 +51,10 @@ def run(job: Job, say: Say) -> None:
 
     from ..commands.sources import quiet_libraries
 
-    torch.set_num_threads(job.threads)
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    if job.task != PROBE and job.device != "cpu":
+        torch.cuda.set_device(job.device)  # what is waited for, and whose memory is asked
     quiet_libraries(job.verbose)
     if job.task == PROBE:
         from .probe import probe

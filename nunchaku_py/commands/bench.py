@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", default=PROMPT, help="of a pipeline")
     add("--out", type=Path, metavar="DIR", help=f"folder for what is written (default ./{OUT}/NAME)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
-    add("--threads", type=whole(1, 4096), metavar="N", help="of the CPU (default: all cores)")
+    add("--threads", type=whole(1, 4096), metavar="N", help="of the CPU (default: PyTorch's)")
     add("--quick", action="store_true", help="one round at 128x128, without loading: shows that everything runs")
 
 
@@ -58,7 +58,6 @@ def modes(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench.machine import cores
     from ..bench.report import write
     from ..bench.run import Options, run_bench
     from ..bench.subject import subject_of
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     options = Options(args.width, args.height, args.steps, args.rounds, args.modes, args.format,
                       rules_of(args.rule), args.peers, args.load,
                       args.end_to_end, args.device,
-                      args.threads or cores(), args.quick, args.verbose)
+                      args.threads or 0, args.quick, args.verbose)
     out = args.out or OUT / subject.name
     made = _made(out)
     try:
