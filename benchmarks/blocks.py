@@ -25,13 +25,13 @@ from torch import Tensor, nn
 import nunchaku_py as nq
 from benchmarks import machine
 from benchmarks.contenders import BASELINE, OURS
-from benchmarks.quality.peers import installed
-from benchmarks.quick import CHOICES
 from benchmarks.rows import Row, RowFile, line_of
 from benchmarks.timing import Call, Timed, interleave
+from nunchaku_py.bench.held import read_all
+from nunchaku_py.bench.machine import installed, memory
+from nunchaku_py.bench.quick import CHOICES
 
 BF16 = torch.bfloat16
-PAGE = 4096
 QUICK = ("flux.single", "sdxl.640")
 Inputs = dict[str, Any]
 
@@ -190,12 +190,11 @@ def print_peak(case: BlockCase, folder: Path, mode: str, tokens: int) -> None:
 
     cls = getattr(diffusers, case.cls)
     plain = "quantization_config" not in cls.load_config(folder)
-    before = machine.memory()["VmRSS"]
+    before = memory()["VmRSS"]
     model = cls.from_pretrained(folder, dtype=BF16) if plain else nq.load(folder, mode=mode)
-    for tensor in model.state_dict().values():
-        tensor.flatten().view(torch.uint8)[::PAGE].amax()
+    read_all(model)
     model.get_submodule(case.path)(**case.inputs(model, tokens or case.tokens))
-    print(machine.memory()["VmHWM"] - before)
+    print(memory()["VmHWM"] - before)
 
 
 # ------------------------------------------------------------------------------------------------------------------ CLI

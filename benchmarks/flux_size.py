@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ from torch import Tensor, nn
 import nunchaku_py as nq
 from benchmarks import machine
 from benchmarks.contenders import OURS
-from benchmarks.quality.peers import installed
-from benchmarks.quick import CHOICES
 from benchmarks.rows import Row, RowFile, line_of
-from benchmarks.shapes import CONFIGS
+from nunchaku_py.bench.inputs import inputs_of
+from nunchaku_py.bench.known import KNOWN
+from nunchaku_py.bench.machine import installed, memory
+from nunchaku_py.bench.quick import CHOICES
+from nunchaku_py.bench.random_models import fill, meta_model, random_tensor
 from nunchaku_py.checkpoint.manifest import manifest_of
 from nunchaku_py.diffusers_hook import SVDQuantConfig
 from nunchaku_py.engine import Engine, Job, jobs_of
@@ -70,7 +72,7 @@ class Builder:
     """Makes blocks one after another: quantizes the first ones of a kind, and copies these for the rest."""
 
     def __init__(self, double: int, single: int, recipe: Recipe, distinct: int) -> None:
-        self.model, self.distinct = meta_model(double, single), distinct
+        self.model, self.distinct = meta_flux(double, single), distinct
         planned = plan(self.model, recipe.kind)
         self.groups = [unit.names for unit in planned.units if len(unit.names) > 1]
         self.engine = Engine(recipe, context_of(recipe, BF16, seed=0))
@@ -101,25 +103,26 @@ def build(args: argparse.Namespace) -> None:
     for index, name in enumerate(builder.jobs):
         shards.write(index, builder.block(name))
         print(f"  [{index + 1}/{count}] {name}: {time.monotonic() - started:.0f} s so far, "
-              f"peak memory {machine.memory()['VmHWM'] / 1e9:.1f} GB", flush=True)
+              f"peak memory {memory()['VmHWM'] / 1e9:.1f} GB", flush=True)
     shards.write(count, random_rest(builder.model, ""))
     shards.finish()
     write_config(builder.model, args.folder, recipe.name, builder.groups)
     print(f"{shards.size / 1e9:.2f} GB in {args.folder}, {time.monotonic() - started:.0f} s")
 
 
-def meta_model(double: int, single: int, **other: Any) -> FluxTransformer2DModel:
+def meta_flux(double: int, single: int, **other: Any) -> FluxTransformer2DModel:
     """FLUX.1-dev without data, with so many blocks of both kinds, and other arguments where a smaller one is wanted."""
-    config = {**CONFIGS["flux"][1], **other, "num_layers": double, "num_single_layers": single}
-    with init_empty_weights():
-        return FluxTransformer2DModel(**config).bfloat16()
+    dev = KNOWN["flux.1-dev"]
+    config = {**dev.config, **other, "num_layers": double, "num_single_layers": single}
+    return meta_model({"_class_name": dev.cls, **config}, dev.about)
 
 
 def quantized_block(model: nn.Module, block: str, jobs: Sequence[Job], engine: Engine) -> dict[str, Tensor]:
     """Draw and quantize one block, job by job; leaves meta tensors in the model. Returns its tensors by full name."""
     tensors: dict[str, Tensor] = {}
     for job in jobs:
-        drawn = {name: random_linear(model.get_submodule(name)) for name in job.names}
+        fill(model, [f"{name}.{leaf}" for name in job.names for leaf in model.get_submodule(name)._parameters], "cpu")
+        drawn = {name: model.get_submodule(name) for name in job.names}
         modules, _ = engine.run(job, drawn, {})
         for name, module in modules.items():
             tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in module.state_dict().items()}
@@ -140,24 +143,11 @@ def put_empty(model: nn.Module, name: str, like: Quantized) -> None:
     replace_module(model, name, empty_module(old, entry_of(like), like.bias is not None, BF16))
 
 
-def random_linear(meta: nn.Module) -> nn.Linear:
-    made = nn.Linear(meta.in_features, meta.out_features, bias=meta.bias is not None, dtype=BF16).requires_grad_(False)
-    made.weight.normal_(std=meta.in_features**-0.5)
-    return made
-
-
 def random_rest(model: nn.Module, prefix: str, known: Container[str] = ()) -> dict[str, Tensor]:
     """Random values for what is not quantized: in the block `prefix`, or ("") outside all blocks."""
     found = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)
              and name not in known and (prefix or "transformer_blocks." not in name)}
     return {name: random_tensor(name, tensor.shape) for name, tensor in found.items()}
-
-
-def random_tensor(name: str, shape: torch.Size, device: str = "cpu") -> Tensor:
-    """Ones for the weight of a norm, else normal, so that a linear keeps the size of its input."""
-    if "norm_" in name and len(shape) == 1:
-        return torch.ones(shape, dtype=BF16, device=device)
-    return torch.empty(shape, dtype=BF16, device=device).normal_(std=shape[-1]**-0.5)
 
 
 def write_config(model: FluxTransformer2DModel, folder: Path, recipe: str, groups: Sequence[Sequence[str]]) -> None:
@@ -172,13 +162,13 @@ def write_config(model: FluxTransformer2DModel, folder: Path, recipe: str, group
 def step(args: argparse.Namespace) -> None:
     """Load and run the checkpoint in this process, which has done nothing else."""
     torch.set_num_threads(args.threads)
-    before, started = machine.memory(), time.monotonic()
+    before, started = memory(), time.monotonic()
     model = nq.load(args.folder, mode=args.mode)
-    loaded, seconds = machine.memory(), time.monotonic() - started
+    loaded, seconds = memory(), time.monotonic() - started
     print(f"loaded in {seconds:.1f} s: {gigabytes(loaded)} (imports alone: {gigabytes(before)})", flush=True)
     print(nq.explain(model), flush=True)
     times = list(steps(model, args))
-    after = machine.memory()
+    after = memory()
     row = Row(**machine.provenance(), isa=machine.our_isa(), op="step" if times else "load",
               contender=f"{OURS} {args.mode}", note=(
         f"load {seconds:.1f} s; after it {gigabytes(loaded)}; the imports alone {gigabytes(before)}"),
@@ -196,27 +186,20 @@ def step(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def steps(model: FluxTransformer2DModel, args: argparse.Namespace) -> Iterator[float]:
-    inputs = step_inputs(model, args.tokens)
+    inputs = inputs_of(model, *sides(args.tokens), TEXT, batch=1)
     for number in range(args.steps):
         started = time.monotonic()
         y = model(**inputs)
         yield time.monotonic() - started
         y = y.sample
         print(f"step {number + 1}: {time.monotonic() - started:.1f} s, output {tuple(y.shape)}, "
-              f"{'finite' if y.isfinite().all() else 'NOT FINITE'}, {gigabytes(machine.memory())}", flush=True)
+              f"{'finite' if y.isfinite().all() else 'NOT FINITE'}, {gigabytes(memory())}", flush=True)
 
 
-def step_inputs(model: FluxTransformer2DModel, tokens: int, text: int = TEXT) -> dict[str, Any]:
-    """What the pipeline passes for one image of so many tokens (1024 are 512×512) and a prompt of `text`."""
-    config, side = model.config, max(1, int(tokens**0.5))
-    ids = torch.zeros(tokens, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(tokens) // side, torch.arange(tokens) % side
-    torch.manual_seed(0)
-    return {"hidden_states": torch.randn(1, tokens, config.in_channels).to(BF16), "img_ids": ids.to(BF16),
-            "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim).to(BF16),
-            "txt_ids": torch.zeros(text, 3, dtype=BF16), "timestep": torch.tensor([0.5], dtype=BF16),
-            "pooled_projections": torch.randn(1, config.pooled_projection_dim).to(BF16),
-            "guidance": torch.tensor([3.5], dtype=BF16)}
+def sides(tokens: int) -> tuple[int, int]:
+    """Pixels of an image, as square as can be, that has so many tokens of 16×16."""
+    columns = next(count for count in range(math.isqrt(tokens), 0, -1) if tokens % count == 0)
+    return 16 * columns, 16 * (tokens // columns)
 
 
 def weight_files(path: Path) -> list[Path]:

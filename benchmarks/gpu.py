@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.machine import output, setup_module
 from benchmarks.machine import provenance as of_the_code
-from benchmarks.quality.peers import cpu_name, installed
+from nunchaku_py.bench.machine import cpu_name, installed
 
 NO_GPU = "no GPU that torch can use"
 # What torch calls a GPU → dense INT8 TOPS by its datasheet, at boost clock. Others are left open, not guessed.

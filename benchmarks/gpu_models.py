@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.flux_size import BF16, meta_model, random_tensor, step_inputs
-from benchmarks.shapes import CONFIGS
+from benchmarks.flux_size import BF16, meta_flux
+from nunchaku_py.bench.inputs import Inputs, inputs_of
+from nunchaku_py.bench.known import KNOWN
+from nunchaku_py.bench.random_models import Sources, meta_model
 from nunchaku_py.engine import Engine, jobs_of
 from nunchaku_py.models.discover import blocks_of
 from nunchaku_py.models.pattern import pattern_of
@@ -43,8 +43,14 @@ ROOM, RESERVE = 0.92, 4e9  # of free memory; bytes for what a step computes at 1
 class _Blocks:
     """What both architectures share."""
 
+    batch: int
+    text: int
+
     def empty(self) -> nn.Module:
         raise NotImplementedError
+
+    def inputs(self, model: nn.Module, pixels: int, device: str) -> Inputs:
+        return inputs_of(model, pixels, pixels, self.text, self.batch, device)
 
     @property
     def block_names(self) -> list[str]:
@@ -68,17 +74,10 @@ class Flux(_Blocks):
         return f"{self.double}+{self.single}"
 
     def empty(self) -> nn.Module:
-        return meta_model(self.double, self.single, **self.config)
-
-    def draw(self, name: str, shape: torch.Size, device: str) -> Tensor:
-        return random_tensor(name, shape, device)
+        return meta_flux(self.double, self.single, **self.config)
 
     def tokens(self, pixels: int) -> int:
         return (pixels // 16)**2 + self.text
-
-    def inputs(self, model: nn.Module, pixels: int, device: str) -> dict[str, Any]:
-        made = step_inputs(model, (pixels // 16)**2, self.text)
-        return {name: value.to(device) for name, value in made.items()}
 
 
 @dataclass(frozen=True)
@@ -95,33 +94,12 @@ class Sdxl(_Blocks):
         return str(len(self.block_names))
 
     def empty(self) -> nn.Module:
-        with init_empty_weights():
-            return UNet2DConditionModel(**{**CONFIGS["sdxl"][1], **self.config}).bfloat16()
-
-    def draw(self, name: str, shape: torch.Size, device: str) -> Tensor:
-        """Ones for the weight of a norm, else normal, so that linears and convolutions keep the size of their input."""
-        path, _, leaf = name.rpartition(".")
-        if len(shape) == 1 and leaf == "weight" and "norm" in path.rpartition(".")[2]:
-            return torch.ones(shape, dtype=BF16, device=device)
-        fan = shape[1:].numel() if len(shape) > 1 else shape[0]
-        return torch.empty(shape, dtype=BF16, device=device).normal_(std=fan**-0.5)
+        known = KNOWN["sdxl"]
+        return meta_model({"_class_name": known.cls, **known.config, **self.config}, known.about)
 
     def tokens(self, pixels: int) -> int:
         """Where they are most: at 1/16 of the image."""
         return (pixels // 16)**2
-
-    def inputs(self, model: nn.Module, pixels: int, device: str) -> dict[str, Any]:
-        config, kind = model.config, {"dtype": BF16, "device": device}
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        torch.manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(self.batch, *shape).to(**kind)
-        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * self.batch).to(**kind)
-        return {"sample": normal(config.in_channels, pixels // 8, pixels // 8),
-                "timestep": torch.tensor(500.0, device=device),
-                "encoder_hidden_states": normal(self.text, config.cross_attention_dim),
-                "added_cond_kwargs": {"text_embeds": normal(pooled), "time_ids": sizes}}
 
 
 Architecture = Flux | Sdxl
@@ -139,7 +117,7 @@ def blocks_that_fit(free: int, kinds: Iterable[str]) -> tuple[int, int]:
 
 def parameters() -> tuple[int, int, int]:
     """Of FLUX.1: outside the blocks, in a double block, in a single block."""
-    model = meta_model(1, 1)
+    model = meta_flux(1, 1)
     double, single = (sum(parameter.numel() for parameter in blocks.parameters())
                       for blocks in (model.transformer_blocks, model.single_transformer_blocks))
     return sum(parameter.numel() for parameter in model.parameters()) - double - single, double, single
@@ -150,40 +128,7 @@ def default_mode(recipe: Recipe, device: str) -> Mode:
     return auto_mode(Site(recipe.kind, recipe.format, recipe.group or 64), torch.device(device))
 
 
-# -------------------------------------------------------------------------------------------------------------- copies
-class Sources:
-    """The name, of a module or tensor, that a name is a copy of. With `distinct` = 0 there are no copies."""
-
-    def __init__(self, model: nn.Module, distinct: int) -> None:
-        kinds: dict[tuple, list[str]] = {}
-        self.of_block: dict[str, str] = {}
-        for name, block in blocks_of(model, pattern_of(model)).items():
-            shapes = tuple(tensor.shape for tensor in block.parameters())
-            alike = kinds.setdefault((type(block), shapes), [])
-            alike.append(name)
-            self.of_block[name] = alike[(len(alike) - 1) % distinct] if distinct else name
-
-    def __call__(self, name: str) -> str:
-        block = name
-        while block and block not in self.of_block:
-            block = block.rpartition(".")[0]
-        return self.of_block[block] + name.removeprefix(block) if block else name
-
-
-@torch.no_grad()
-def random_model(what: Architecture, distinct: int, device: str) -> nn.Module:
-    """In bf16."""
-    torch.manual_seed(0)
-    model, state = what.empty(), {}
-    source_of = Sources(model, distinct)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name in sorted(shapes, key=lambda name: source_of(name) != name):  # sources come first
-        source = source_of(name)
-        state[name] = what.draw(name, shapes[name], device) if source == name else state[source].clone()
-    model.load_state_dict(state, assign=True)
-    return model.to(device).eval().requires_grad_(False)
-
-
+# ------------------------------------------------------------------------------------------------------------ copies
 @torch.no_grad()
 def quantized_copy(what: Architecture, model: nn.Module, recipe: Recipe, mode: str, weights: str, distinct: int
                    ) -> nn.Module:

@@ -44,12 +44,12 @@ from benchmarks.gpu_models import (
     default_mode,
     fp8_copy,
     quantized_copy,
-    random_model,
 )
 from benchmarks.gpu_step import COMPILED, EAGER, FP8, ROUNDS, Contender, Device, Measuring, Row
-from benchmarks.quick import CHOICES
 from benchmarks.rows import RowFile
 from benchmarks.timing import Clock
+from nunchaku_py.bench.quick import CHOICES
+from nunchaku_py.bench.random_models import random_model
 from nunchaku_py.site import auto_weights
 from nunchaku_py.swap import quantized_sites
 
@@ -63,7 +63,7 @@ CHOSEN = ("fp8", "auto", "a8-int8", "a8-int4")
 def contenders(args: argparse.Namespace, what: Architecture, device: Device, clock: Clock) -> list[Contender]:
     """bf16, and those asked for, made of it."""
     bf16 = Contender(BASELINE)
-    bf16.make(partial(random_model, what, args.distinct, args.device), device, clock)
+    bf16.make(lambda: random_model(what.empty(), args.distinct, args.device), device, clock)
     found = [bf16]
     if "fp8" in args.contenders:
         found.append(Contender(FP8, "fp8", runs=(COMPILED,)))  # eager, its quantization is many small kernels

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.flux_size import meta_model
+from benchmarks.flux_size import meta_flux
 from benchmarks.machine import provenance
 from benchmarks.rows import Origin, RowFile
 from benchmarks.sites import Setting, quantized
@@ -71,7 +71,7 @@ def adapter(model: nn.Module, names: Sequence[str], rank: int) -> dict[str, Tens
 
 
 def size(args: argparse.Namespace) -> Iterator[Row]:
-    model, plain = load(args.folder), meta_model(19, 38)
+    model, plain = load(args.folder), meta_flux(19, 38)
     names = list(quantized_modules(model))
     state = adapter(model, names, args.rank)
     print(f"{len(names)} linears, {sum(t.nbytes for t in state.values()) / 1e6:.0f} MB of adapter", flush=True)

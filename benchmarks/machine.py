@@ -12,8 +12,8 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.quality.peers import cpu_name
 from nunchaku_py import native
+from nunchaku_py.bench.machine import cpu_name
 from nunchaku_py.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,15 +87,6 @@ def peaks() -> dict[str, float]:
     """Unit → GOP/s that it reaches from registers, as the native part measures it; empty where it cannot."""
     measure = getattr(native.module, "cpu_peak", None)
     return dict(measure()) if measure else {}
-
-
-def memory() -> dict[str, int]:
-    """Bytes of this process by the kernel's names: VmRSS now, VmHWM at most, RssAnon its own, RssFile mapped files.
-
-    Not getrusage: its peak begins with that of the process which started this one."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)
-            if name.startswith(("VmRSS", "VmHWM", "Rss"))}
 
 
 def evict_bytes(most: int = 2**30) -> int:

@@ -32,10 +32,10 @@ from benchmarks.contenders import (
     missing_packages,
     weight_only_contenders,
 )
-from benchmarks.quality.peers import installed
 from benchmarks.rows import Row, RowFile, line_of
 from benchmarks.shapes import RESOLUTIONS, Case, cases, small
 from benchmarks.timing import Call, Evict, Timed, interleave, sentence
+from nunchaku_py.bench.machine import installed
 
 SUITES = ("machine", "linear", "chains", "weight_only")
 QUICK = ("flux/double.qkv", "flux/double.up", "flux/single.modulation")

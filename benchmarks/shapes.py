@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from nunchaku_py.bench.known import KNOWN
+
 # What a linear reads and what reads it, as far as it decides how it is quantized and what it can be fused with.
 Role = Literal[
     "qkv",         # several linears read one normalized input
@@ -23,21 +25,10 @@ Role = Literal[
 ]
 RESOLUTIONS = (512, 1024)
 
-# The arguments that make the original models of diffusers' classes; where a class defaults to its model there are none.
+# The models of the table below, and the arguments that make them of diffusers' classes.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "qwen": ("QwenImageTransformer2DModel", {}),
-    "sd35": ("SD3Transformer2DModel", {
-        "num_layers": 38, "num_attention_heads": 38, "attention_head_dim": 64, "caption_projection_dim": 2432,
-        "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": "rms_norm"}),
-    "sdxl": ("UNet2DConditionModel", {
-        "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816}),
-}
+    name: (KNOWN[known].cls, KNOWN[known].config)
+    for name, known in {"flux": "flux.1-dev", "qwen": "qwen-image", "sd35": "sd3.5-large", "sdxl": "sdxl"}.items()}
 
 
 @dataclass(frozen=True)

@@ -5,35 +5,19 @@ Ratios are taken within a round and then summarized; medians of different rounds
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from nunchaku_py.bench.spread import Spread
 
 PAUSE = 0.003  # seconds between turns: threads of one library spin for a while after a call and would disturb the next
 SHORT = 0.004  # a call shorter than this is repeated within its turn, as far as this time goes
 MOST_REPEATS = 64
 
 Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, quartiles and least of some numbers."""
-
-    median: float
-    low: float
-    high: float
-    least: float
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        if len(values) == 1:
-            return Spread(*[values[0]] * 4)
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return Spread(median, low, high, min(values))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import convert, demo, generate, info, inspect, quantize, tune
+from .commands import bench, convert, demo, generate, info, inspect, quantize, tune
 from .errors import NunchakuError
 
-COMMANDS = (info, quantize, convert, inspect, generate, demo, tune)
+COMMANDS = (info, quantize, convert, inspect, generate, bench, demo, tune)
 LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "accelerate", "torch")
 MENDABLE = (NunchakuError, OSError)  # OSError: a disk that is full, a folder that may not be read
 
@@ -27,6 +27,7 @@ examples:
   nunchaku-py convert ./svdq-int4_r32-flux.1-dev.safetensors ./FLUX.1-dev-int4 --into ./FLUX.1-dev
   nunchaku-py inspect ./FLUX.1-dev-int4
   nunchaku-py generate ./FLUX.1-dev-int4 --prompt "a lighthouse at dusk" --out lighthouse.png
+  nunchaku-py bench flux.1-dev
   nunchaku-py demo
   nunchaku-py tune ./FLUX.1-dev-int4
 """

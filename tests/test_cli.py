@@ -64,13 +64,13 @@ def digests(folder: Path, *suffixes: str) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------ the shell
 def test_help_imports_no_torch_and_shows_examples():
     code = ("import sys; from nunchaku_py import cli\n"
-            "for command in ([], ['info'], ['quantize'], ['inspect'], ['generate'], ['demo'], ['tune']):\n"
+            "for command in ([], ['info'], ['quantize'], ['inspect'], ['generate'], ['bench'], ['demo'], ['tune']):\n"
             "    try: cli.main([*command, '--help'])\n"
             "    except SystemExit as stop: assert stop.code == 0\n"
             "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("examples:") == 7
+    assert done.stdout.count("examples:") == 8
 
 
 def test_module_runs_as_a_command():
@@ -84,6 +84,7 @@ def test_module_runs_as_a_command():
     ["quantize", "a", "b", "--states", "0"],
     ["quantize", "a", "b", "--seed", "9" * 20], ["generate", "a", "--prompt", "x", "--steps", "0"],
     ["tune", "--rows", "0"], ["tune", "--rows", "5,"], ["tune", "--modes", "a5"], ["tune", "--list", "--clear"],
+    ["bench"], ["bench", "sdxl", "--modes", "a5"], ["bench", "sdxl", "--width", "8"],
 ])
 def test_wrong_usage_exits_with_two(argv: list[str]):
     with pytest.raises(SystemExit) as stop:

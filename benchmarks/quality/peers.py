@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -29,6 +27,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs as a plain script in a source t
 from benchmarks.quality.peer_layers import PEERS, Peer, stored_bytes  # noqa: E402
 from benchmarks.quality.peer_report import write_report  # noqa: E402
 from benchmarks.quality.synthetic import layer, stats_of  # noqa: E402
+from nunchaku_py.bench.machine import cpu_name, installed  # noqa: E402
 from nunchaku_py.engine import Engine, Job  # noqa: E402
 from nunchaku_py.linear import QuantLinear  # noqa: E402
 from nunchaku_py.methods.work import Context  # noqa: E402
@@ -201,22 +200,6 @@ def commit() -> str:
 
 def versions(package: str) -> str:
     return "; ".join(f"{name} {installed(name)}" for name in dict.fromkeys(("python", "torch", package)))
-
-
-def installed(name: str) -> str:
-    if name == "python":
-        return platform.python_version()
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
-    return names[0] if names else platform.machine()
 
 
 def measure_all(path: Path, shapes: list[Shape], threads: int) -> None:

@@ -132,7 +132,7 @@ def _arguments(pipe: Any, args: argparse.Namespace, usual: dict[str, Any]) -> di
     import torch
 
     known = inspect.signature(pipe.__call__).parameters
-    call = {**_longest_prompt(pipe, known), **usual, **_given(args, usual)}
+    call = {**longest_prompt(pipe, known), **usual, **_given(args, usual)}
     for name in call:
         if name not in known:
             raise NunchakuError(f"{_OPTIONS.get(name, name)}: {type(pipe).__name__} takes no {name}")
@@ -151,7 +151,7 @@ def _given(args: argparse.Namespace, usual: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(args, option) for option, name in names.items() if getattr(args, option) is not None}
 
 
-def _longest_prompt(pipe: Any, known: Mapping[str, inspect.Parameter]) -> dict[str, int]:
+def longest_prompt(pipe: Any, known: Mapping[str, inspect.Parameter]) -> dict[str, int]:
     """The pipelines' default is made for large text encoders; no tokenizer is asked for more than it knows."""
     lengths = [part.model_max_length for name, part in pipe.components.items()
                if name.startswith("tokenizer") and hasattr(part, "model_max_length")]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,12 +140,16 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
     if args.out.suffix.lower() == ".safetensors" and len(components) > 1:
         raise NunchakuError(f"{args.out}: one file holds one model, {len(components)} components are to be quantized")
     prompts = None if args.prompts is None else _prompts(args.prompts, source.call)
+    return Wanted(components, rules_of(args.rule), prompts, args.dtype or source.dtype(list(components)))
+
+
+def rules_of(given: Sequence[str]) -> dict[str, str]:
+    """Of --rule, in order."""
     rules: dict[str, str] = {}
-    for glob, choice in (_pair(rule, "--rule", "GLOB=CHOICE") for rule in args.rule):
+    for glob, choice in (_pair(rule, "--rule", "GLOB=CHOICE") for rule in given):
         rules.pop(glob, None)  # said again it takes the later place
         rules[glob] = choice
-    return Wanted(components, rules, prompts,
-                  args.dtype or source.dtype(list(components)))
+    return rules
 
 
 def _components(args: argparse.Namespace, source: Source) -> dict[str, str]:

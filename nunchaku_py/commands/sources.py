@@ -183,13 +183,15 @@ def load_model(folder: Path, dtype: str) -> Any:
         return cls.from_pretrained(folder, **dtype_argument(torch_dtype(dtype)), local_files_only=True).eval()
 
 
-def load_pipeline(folder: Path, dtype: str) -> Any:
+def load_pipeline(folder: Path, dtype: str, **components: Any) -> Any:
+    """With these components in place of its own, which are then not read."""
     from diffusers import DiffusionPipeline
 
     from ..checkpoint.own import dtype_argument
 
     with loading(folder):
-        pipe = DiffusionPipeline.from_pretrained(folder, **dtype_argument(torch_dtype(dtype)), local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, **dtype_argument(torch_dtype(dtype)), local_files_only=True,
+                                                 **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

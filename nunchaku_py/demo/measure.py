@@ -45,12 +45,6 @@ def step_seconds(model: nn.Module, state: State) -> float:
     return statistics.median(times)
 
 
-def held_bytes(model: nn.Module) -> int:
-    """What the model occupies in memory: its weights as they lie there, and what is derived from them for its mode."""
-    held = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-
-
 def paint(pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any],
           step_done: Callable[[int], None] = lambda pictures: None) -> Tensor:
     """(B, 3, H, W) in [0, 1]; the noise of picture i is drawn from seed + i. `step_done` hears of so many pictures."""

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import native
+from ..bench.held import held_bytes
+from ..bench.machine import kernels
 from ..calibrate import State, capture_states
 from ..checkpoint import load, save
 from ..errors import NunchakuError
 from ..folders import write_call
-from ..ops.registry import forced_backend
 from ..progress import Progress
 from ..quantize import quantize
 from ..site import MODES
 from ..swap import set_mode
 from . import shipped
 from .checker import Checker, agreement, load_checker
-from .measure import held_bytes, outputs, paint, psnr, relative_error, same_bits, ssim, step_seconds
+from .measure import outputs, paint, psnr, relative_error, same_bits, ssim, step_seconds
 from .page import page
 from .scenes import described
 from .sheet import Column, Sheet
@@ -190,13 +190,7 @@ def _about(name: str, pipe: Any, call: dict[str, Any], prompts: int) -> str:
     weights = sum(p.numel() for p in getattr(pipe, shipped.DENOISERS[name]).parameters())
     return (f"{name}: {type(pipe).__name__} with {weights / 1e6:.1f} M weights in its denoiser, "
             f"{call['width']}x{call['height']} pixels, {call['num_inference_steps']} steps, {prompts} prompts; "
-            f"{torch.get_num_threads()} CPU threads, {_operators()}")
-
-
-def _operators() -> str:
-    if native.module is None or forced_backend() == "torch":
-        return "plain PyTorch operators"
-    return f"CPU kernels for {native.cpu_isa()}"
+            f"{torch.get_num_threads()} CPU threads, {kernels()}")
 
 
 def _write(subject: Subject, columns: Sequence[Column], out: Path, shown: int) -> None:

@@ -16,15 +16,14 @@ from benchmarks.gpu_models import (
     Architecture,
     Flux,
     Sdxl,
-    Sources,
     blocks_that_fit,
     parameters,
     quantized_copy,
-    random_model,
 )
 from benchmarks.gpu_step import FP8
-from benchmarks.quick import CHOICES
 from benchmarks.rows import names_of, read
+from nunchaku_py.bench.quick import CHOICES
+from nunchaku_py.bench.random_models import Sources, random_model
 
 INT8, INT4 = "nunchaku-py a8, weights int8", "nunchaku-py a8, weights int4"
 NAMES = (BASELINE, FP8, "nunchaku-py auto", INT8, INT4)
@@ -118,12 +117,12 @@ def test_what_the_time_did_not_reach_is_said(tmp_path: Path) -> None:
 def test_the_quantized_model_is_what_quantize_makes() -> None:
     """Where no block is a copy; and a copy has memory of its own."""
     what = Flux(1, 2, 8, TINY)
-    model = random_model(what, 0, "cpu")
+    model = random_model(what.empty(), 0)
     inputs = what.inputs(model, 64, "cpu")
     y = quantized_copy(what, model, RECIPE, "a8", "auto", 0)(**inputs).sample
     nq.quantize(model, RECIPE, mode="a8", progress=False)
     assert torch.equal(y, model(**inputs).sample)
-    copies = quantized_copy(what, random_model(what, 1, "cpu"), RECIPE, "a8", "auto", 1)
+    copies = quantized_copy(what, random_model(what.empty(), 1), RECIPE, "a8", "auto", 1)
     first, second = (block.proj_mlp.codes for block in copies.single_transformer_blocks)
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
 
@@ -150,7 +149,7 @@ def test_sdxl_is_the_real_one_and_its_blocks_are_of_two_widths() -> None:
 @torch.no_grad()
 def test_a_random_unet_keeps_sizes() -> None:
     what = Sdxl(1, 8, TINY_UNET)
-    model = random_model(what, 1, "cpu")
+    model = random_model(what.empty(), 1)
     y = model(**what.inputs(model, 64, "cpu")).sample
     assert y.shape == (1, 4, 8, 8) and 0.1 < y.float().std() < 10
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nunchaku_py import NunchakuError
+from nunchaku_py.bench.held import held_bytes
 from nunchaku_py.calibrate import State
 from nunchaku_py.demo import measure, shipped
 
@@ -110,4 +111,4 @@ def test_held_bytes_counts_each_tensor_once():
     second.weight = first.weight
     both = torch.nn.ModuleList([first, second]).bfloat16()
     both.register_buffer("table", torch.zeros(5, dtype=torch.int8), persistent=False)
-    assert measure.held_bytes(both) == 2 * 4 * 8 + 2 * 8 + 5
+    assert held_bytes(both) == 2 * 4 * 8 + 2 * 8 + 5

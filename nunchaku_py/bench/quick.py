@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nunchaku_py.methods.fit import absmax
-from nunchaku_py.methods.lowrank import lowrank
-from nunchaku_py.methods.work import Options
-from nunchaku_py.recipes import RECIPES, Recipe
+from ..methods.fit import absmax
+from ..methods.lowrank import lowrank
+from ..methods.work import Options
+from ..recipes import RECIPES, Recipe
 
 QUICK = tuple(replace(RECIPES[f"svdquant-{fmt}"], name=f"quick-{fmt}", steps_data_free=(lowrank, absmax),
                       options=Options(rounds=0, power=0)) for fmt in ("int4", "nvfp4"))
