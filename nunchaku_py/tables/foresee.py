@@ -1,0 +1,186 @@
+"""All steps of a schedule at its first step: their timesteps, what the modulation linears read then, and their outputs.
+
+The scheduler of the pipeline knows the timesteps. What a linear reads at one of them the model itself tells: it is
+called with that timestep, and left as soon as it reaches its first modulation linear, so that only its embeddings are
+computed. Then each linear is visited once, for all steps. Whatever is guessed wrong here is never looked up.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .host import visiting
+
+NAMES = ("timestep", "t")  # of the argument, in diffusers' models
+# timesteps of the scheduler, dtype of the argument, training steps → what a pipeline passes
+GUESSES: tuple[Callable[[Tensor, torch.dtype, int], Tensor], ...] = (
+    lambda t, dtype, steps: t.to(dtype) / steps,
+    lambda t, dtype, steps: (t / steps).to(dtype),
+    lambda t, dtype, steps: t.to(dtype),
+    lambda t, dtype, steps: (steps - t.to(dtype)) / steps,
+    lambda t, dtype, steps: ((steps - t) / steps).to(dtype),
+    lambda t, dtype, steps: (1 - t / steps).to(dtype),
+)
+
+
+class Reached(BaseException):
+    """Ends a call of the model that was made to learn what its first modulation linear reads. No Exception, so that no
+    model mistakes it for an error of its own."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class ModelCall:
+    """A call of the model that is under way."""
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.looked_up = False  # whether one of its linears has been asked
+
+    def bound(self) -> inspect.BoundArguments:
+        return inspect.signature(type(self.model).forward).bind(self.model, *self.args, **self.kwargs)
+
+    def timestep(self) -> Any:
+        arguments = self.bound().arguments
+        return next((arguments[name] for name in NAMES if name in arguments), None)
+
+    def at(self, value: Tensor) -> None:
+        """Run the model with another timestep, and without the strength of LoRAs in a call, which is set already."""
+        bound = self.bound()
+        for name, given in bound.arguments.items():
+            if name in NAMES:
+                bound.arguments[name] = torch.full_like(given, value.item())
+            elif name.endswith("attention_kwargs") and given:
+                bound.arguments[name] = {key: one for key, one in given.items() if key != "scale"}
+        with torch.inference_mode(False), torch.no_grad():
+            self.model.forward(*bound.args[1:], **bound.kwargs)
+
+
+class Foresight:
+    """What has been learned about a schedule: which guess holds for it. A guess none of whose rows ever came is given
+    up when another timestep misses."""
+
+    def __init__(self) -> None:
+        self.schedule: Tensor | None = None
+        self.guesses: list[Callable] = []
+        self.origin: Tensor | None = None
+        self.expected: set[Any] = set()  # keys of rows computed ahead that have not come yet
+        self.proven = False
+        self.why_not = "no pipeline has run yet"
+
+    def came(self, key: Any) -> None:
+        if key in self.expected:
+            self.proven = True
+
+    def fill(self, tables: Any, call: Any, x: Tensor) -> bool:
+        """Compute all that the schedule will ask for; False where it cannot be known."""
+        steps = self._steps(tables, call)
+        if steps is None:
+            return False
+        rows = _rows_of(tables, call, steps, x)
+        if rows is None:
+            self.why_not = "the model does not reach its modulation linears when called with another timestep"
+            return False
+        keys = {tables.key_of(row): row for row in rows}
+        self.expected = (self.expected if self.proven else set()) | set(list(keys)[1:])
+        for site, table in tables_of(call.model):
+            if site.rows_in != x.shape[-1]:  # it reads something else
+                continue
+            with visiting(site, x.device):
+                for key, row in keys.items():
+                    if table.find(site, key) is None:
+                        tables.keep(table, site, key, row)
+                        tables.counts.foreseen += 1
+        tables.counts.schedules += 1
+        return True
+
+    def _steps(self, tables: Any, call: Any) -> list[Tensor] | None:
+        """The timesteps that come after this call's, as the pipeline will pass them; None: they are not known."""
+        scheduler = getattr(tables.pipeline and tables.pipeline(), "scheduler", None)
+        schedule, given = getattr(scheduler, "timesteps", None), call.timestep()
+        self.why_not = _unforeseeable(call.model, schedule, given)
+        if self.why_not:
+            return None
+        now = given.detach().flatten()[:1].cpu()
+        self._narrow(schedule.detach().cpu(), now)
+        total = int(getattr(scheduler.config, "num_train_timesteps", 1000))
+        for guess in list(self.guesses):
+            values = guess(self.schedule, now.dtype, total)
+            if values.dtype == now.dtype and bool((values == now).any()):
+                self.guesses = self.guesses[self.guesses.index(guess):]
+                first = int((values == now).nonzero()[0])
+                return list(values[first + 1:].unique_consecutive())[:_room(tables, call.model, given)]
+        self.why_not = ("the timestep that the model is called with is none of the scheduler's" if self.guesses else
+                        "what the linears read does not follow from the timestep alone")
+        return None
+
+    def _narrow(self, schedule: Tensor, now: Tensor) -> None:
+        if self.schedule is None or not torch.equal(self.schedule, schedule):
+            self.schedule, self.guesses, self.proven = schedule, list(GUESSES), False
+            self.expected = set()
+        elif not self.proven and self.origin is not None and not torch.equal(self.origin, now):
+            self.guesses = self.guesses[1:]
+        self.origin = now
+
+
+def tables_of(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """The linears of a model that have a table, and these."""
+    return ((module, module.table) for module in model.modules() if getattr(module, "table", None) is not None)
+
+
+def _unforeseeable(model: nn.Module, schedule: Any, given: Any) -> str:
+    """Why the steps that come cannot be known, or their rows not be learned; "" if they can."""
+    if not isinstance(schedule, Tensor):
+        return "no scheduler is known: give the pipeline to nq.cache_modulation, not the model"
+    if not isinstance(given, Tensor) or not given.numel() or bool((given != given.flatten()[0]).any()):
+        return "the model was not called with one timestep"
+    if model.training:
+        return "the model is in training"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "every module has a hook, which must see no calls but those of the pipeline"
+    seen = next((name or "the model" for name, module in model.named_modules() if _is_watched(module, model)), None)
+    return "" if seen is None else f"{seen} has a hook, which must see no calls but those of the pipeline"
+
+
+def _is_watched(module: nn.Module, model: nn.Module) -> bool:
+    """Hooks of the user's, of diffusers' caches and of its offloading count calls. accelerate's of the whole model does
+    not, and ours on it are known."""
+    if getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
+        return True
+    return module is not model and bool(module._forward_hooks or module._forward_pre_hooks or
+                                        hasattr(module, "_hf_hook"))
+
+
+def _rows_of(tables: Any, call: Any, steps: list[Tensor], x: Tensor) -> list[Tensor] | None:
+    """x, and what is read in its place at each of the steps."""
+    rows = [x.detach().clone()]
+    for value in steps:
+        row = _row_at(tables, call, value)
+        if row is None or row.shape != x.shape or row.dtype != x.dtype:
+            return None
+        rows.append(row.detach().clone())
+    return rows
+
+
+def _row_at(tables: Any, call: ModelCall, value: Tensor) -> Tensor | None:
+    tables.learning = True
+    try:
+        call.at(value)
+    except Reached as reached:
+        return reached.x
+    finally:
+        tables.learning = False
+    return None
+
+
+def _room(tables: Any, model: nn.Module, given: Tensor) -> int:
+    """For how many steps there is room: half of the limit, as with guidance there may be a second prompt."""
+    images = given.numel()
+    step = sum(site.rows_out * images * site.compute_dtype.itemsize for site, _ in tables_of(model))
+    return max(0, tables.limit // (2 * max(1, step)) - 1)
