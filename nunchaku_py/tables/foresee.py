@@ -113,7 +113,7 @@ class Foresight:
         for guess in list(self.guesses):
             values = guess(self.schedule, now.dtype, total)
             if values.dtype == now.dtype and bool((values == now).any()):
-                self.guesses = self.guesses[self.guesses.index(guess):]
+                self.guesses, self.origin = self.guesses[self.guesses.index(guess):], now
                 first = int((values == now).nonzero()[0])
                 return list(values[first + 1:].unique_consecutive())[:_room(tables, call.model, given)]
         self.why_not = ("the timestep that the model is called with is none of the scheduler's" if self.guesses else
@@ -123,10 +123,9 @@ class Foresight:
     def _narrow(self, schedule: Tensor, now: Tensor) -> None:
         if self.schedule is None or not torch.equal(self.schedule, schedule):
             self.schedule, self.guesses, self.proven = schedule, list(GUESSES), False
-            self.expected = set()
+            self.expected, self.origin = set(), None
         elif not self.proven and self.origin is not None and not torch.equal(self.origin, now):
-            self.guesses = self.guesses[1:]
-        self.origin = now
+            self.guesses, self.origin = self.guesses[1:], None
 
 
 def tables_of(model: nn.Module) -> Iterator[tuple[Any, Any]]:

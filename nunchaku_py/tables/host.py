@@ -23,11 +23,15 @@ def visiting(site: Any, device: torch.device) -> Iterator[None]:
     homes = [(tensor, tensor.data) for tensor in _tensors(site)]
     try:
         for tensor, data in homes:
-            tensor.data = data.to(device, non_blocking=True)
+            tensor.data = fetch(data, device)
         yield
     finally:
         for tensor, data in homes:
             tensor.data = data
+
+
+def fetch(data: Tensor, device: torch.device) -> Tensor:
+    return data.to(device, non_blocking=True)
 
 
 def send_home(site: Any, device: torch.device) -> None:
