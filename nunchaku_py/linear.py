@@ -335,7 +335,7 @@ class QuantizedSite(nn.Module):
             self._unpack()
 
     def _shim(self, *shape: int) -> Tensor:
-        return nothing(shape, self.compute_dtype, self.codes.device if self.table is None else self.table.home)
+        return nothing(shape, self.compute_dtype, self.codes.device if self.table is None else self.table.device(self))
 
     def effective_weight(self) -> Tensor:
         """(N,K) fp32: the weight of the 16-bit model that this site stands for, adapters included."""

@@ -13,7 +13,7 @@ from ..models.pattern import matches, pattern_of
 from ..swap import quantized_components
 from . import silu
 from .foresee import tables_of
-from .host import send_home
+from .host import is_away, send_home
 from .store import LinearTable, Tables
 
 WEIGHTS = ("host", "device")
@@ -24,8 +24,9 @@ def cache_modulation(target: object, enabled: bool = True, weights: str = "host"
     """Keep what the modulation linears of a model, or of a pipeline's models, give: they read one row per image and
     step, of timestep, guidance and pooled prompt. Given a pipeline all steps of a schedule are computed at its first.
 
-    weights: "host": they leave the GPU, or never go there, and visit it when a row is new; "device": they stay with the
-    model. limit: bytes of outputs that a model keeps; None: half of what its modulation linears weigh, or 64 MiB.
+    weights: "host": they leave the GPU, or never go there, and visit it when a row is new; on a CPU, pages of theirs
+    that are mapped from a file are given back. "device": they stay with the model.
+    limit: bytes of outputs that a model keeps; None: half of what its modulation linears weigh, or 64 MiB.
     enabled=False: as before; the weights go back to the model's device.
     """
     if not isinstance(enabled, bool):
@@ -76,7 +77,7 @@ def detach(model: nn.Module) -> None:
     """Take the tables off a model, or off a copy of one that has them."""
     for linear, table in list(tables_of(model)):
         linear.table = None
-        if linear.codes.device != table.home and linear.has_data():
+        if is_away(linear, table.home):
             send_home(linear, table.home)
     silu.unshare(model)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
@@ -94,15 +95,17 @@ def table_lines(models: Iterable[nn.Module]) -> list[str]:
 
 def _line(pairs: list[tuple[Any, LinearTable]]) -> str:
     tables = pairs[0][1].tables
-    away = [site for site, table in pairs if site.codes.device.type == "cpu" and table.home.type not in ("cpu", "meta")]
-    weights = f"{_mib(sum(site.nbytes() for site, _ in pairs))} of weights "
-    where = (f"on the host, of {len(away)} linears that run on {pairs[0][1].home}" if away else
-             f"on {pairs[0][1].home}, where they stay")
+    away = [site for site, table in pairs if is_away(site, table.home)]
+    weights = f"{_mib(sum(site.nbytes() for site, _ in pairs))} of weights on "
+    where = f"the host, of {len(away)} linears that run on {pairs[0][1].home}" if away else str(pairs[0][1].home)
+    stay = f"{_mib(tables.given_back)} of them in pages given back to their file" if tables.given_back else (
+        "they stay there")
     counts = tables.counts
     ahead = f"{counts.foreseen} outputs computed ahead, of {counts.schedules} schedules" if counts.schedules else (
         f"none computed ahead: {tables.foresight.why_not}")
     return (f"modulation tables: {len(pairs)} linears, {len(tables.order)} inputs, {_mib(tables.bytes)} of outputs; "
-            f"{counts.hits} calls found theirs, {counts.misses} did not; {ahead}; {weights}{where}")
+            f"{counts.hits} calls found theirs, {counts.misses} did not; {ahead}; {weights}{where}"
+            + ("" if away else f", {stay}"))
 
 
 def _mib(count: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .host import visiting
+from .pages import give_back, mapped_files
 
 NAMES = ("timestep", "t")  # of the argument, in diffusers' models
 # timesteps of the scheduler, dtype of the argument, training steps → what a pipeline passes
@@ -78,9 +79,9 @@ class Foresight:
         if key in self.expected:
             self.proven = True
 
-    def fill(self, tables: Any, call: Any, x: Tensor) -> bool:
+    def fill(self, tables: Any, call: ModelCall, x: Tensor) -> bool:
         """Compute all that the schedule will ask for; False where it cannot be known."""
-        steps = self._steps(tables, call)
+        steps = self._steps(tables, call, x)
         if steps is None:
             return False
         rows = _rows_of(tables, call, steps, x)
@@ -89,18 +90,16 @@ class Foresight:
             return False
         keys = {tables.key_of(row): row for row in rows}
         self.expected = (self.expected if self.proven else set()) | set(list(keys)[1:])
+        files, tables.given_back = mapped_files() if tables.host and x.device.type == "cpu" else [], 0
         for site, table in tables_of(call.model):
-            if site.rows_in != x.shape[-1]:  # it reads something else
-                continue
-            with visiting(site, x.device):
-                for key, row in keys.items():
-                    if table.find(site, key) is None:
-                        tables.keep(table, site, key, row)
-                        tables.counts.foreseen += 1
+            if site.rows_in == x.shape[-1]:  # else it reads something else
+                with visiting(site, x.device):
+                    tables.counts.foreseen += _fill(tables, table, site, keys)
+                tables.given_back += give_back(site.parameters(), files)
         tables.counts.schedules += 1
         return True
 
-    def _steps(self, tables: Any, call: Any) -> list[Tensor] | None:
+    def _steps(self, tables: Any, call: ModelCall, x: Tensor) -> list[Tensor] | None:
         """The timesteps that come after this call's, as the pipeline will pass them; None: they are not known."""
         scheduler = getattr(tables.pipeline and tables.pipeline(), "scheduler", None)
         schedule, given = getattr(scheduler, "timesteps", None), call.timestep()
@@ -115,7 +114,7 @@ class Foresight:
             if values.dtype == now.dtype and bool((values == now).any()):
                 self.guesses, self.origin = self.guesses[self.guesses.index(guess):], now
                 first = int((values == now).nonzero()[0])
-                return list(values[first + 1:].unique_consecutive())[:_room(tables, call.model, given)]
+                return list(values[first + 1:].unique_consecutive())[:_room(tables, call.model, x)]
         self.why_not = ("the timestep that the model is called with is none of the scheduler's" if self.guesses else
                         "what the linears read does not follow from the timestep alone")
         return None
@@ -126,6 +125,14 @@ class Foresight:
             self.expected, self.origin = set(), None
         elif not self.proven and self.origin is not None and not torch.equal(self.origin, now):
             self.guesses, self.origin = self.guesses[1:], None
+
+
+def _fill(tables: Any, table: Any, site: Any, keys: dict[Any, Tensor]) -> int:
+    """Compute what a linear lacks of these rows; how many."""
+    new = {key: row for key, row in keys.items() if table.find(site, key) is None}
+    for key, row in new.items():
+        tables.keep(table, site, key, row)
+    return len(new)
 
 
 def tables_of(model: nn.Module) -> Iterator[tuple[Any, Any]]:
@@ -156,7 +163,7 @@ def _is_watched(module: nn.Module, model: nn.Module) -> bool:
                                         hasattr(module, "_hf_hook"))
 
 
-def _rows_of(tables: Any, call: Any, steps: list[Tensor], x: Tensor) -> list[Tensor] | None:
+def _rows_of(tables: Any, call: ModelCall, steps: list[Tensor], x: Tensor) -> list[Tensor] | None:
     """x, and what is read in its place at each of the steps."""
     rows = [x.detach().clone()]
     for value in steps:
@@ -178,8 +185,7 @@ def _row_at(tables: Any, call: ModelCall, value: Tensor) -> Tensor | None:
     return None
 
 
-def _room(tables: Any, model: nn.Module, given: Tensor) -> int:
-    """For how many steps there is room: half of the limit, as with guidance there may be a second prompt."""
-    images = given.numel()
-    step = sum(site.rows_out * images * site.compute_dtype.itemsize for site, _ in tables_of(model))
+def _room(tables: Any, model: nn.Module, x: Tensor) -> int:
+    """For how many more steps there is room: in half of the limit, as with guidance there may be a second prompt."""
+    step = sum(site.rows_out for site, _ in tables_of(model)) * x.nbytes // x.shape[-1]
     return max(0, tables.limit // (2 * max(1, step)) - 1)

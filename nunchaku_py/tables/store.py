@@ -92,6 +92,10 @@ class LinearTable:
             self.tables.forget_one(self, key)
         self.stamp = []
 
+    def device(self, site: Any) -> torch.device:
+        """Where the linear's inputs are."""
+        return self.home if is_away(site, self.home) else site.codes.device
+
     def nbytes(self) -> int:
         return sum(answer.y.nbytes for answer in self.answers.values())
 
@@ -107,14 +111,15 @@ class LinearTable:
 
 class Tables:
     """Those of all modulation linears of a model. host: whether weights stay on the host, and are brought for a call
-    that needs them. limit: bytes of outputs that are kept, those that were needed last. pipeline: whose scheduler says
-    what timesteps come."""
+    that needs them; on a CPU, pages of files are given back. limit: bytes of outputs that are kept, those that were
+    needed last. pipeline: whose scheduler says what timesteps come."""
 
     def __init__(self, host: bool, limit: int, pipeline: weakref.ref | None = None) -> None:
         self.host, self.limit, self.pipeline = host, limit, pipeline
         self.members: list[LinearTable] = []
         self.order: OrderedDict[Key, int] = OrderedDict()  # input → bytes of its outputs, those needed last at the end
         self.bytes = 0
+        self.given_back = 0  # bytes of weights in pages of files that are not needed while a schedule is in the table
         self.counts, self.foresight = Counts(), Foresight()
         self.call: ModelCall | None = None
         self.learning = False
