@@ -3,9 +3,13 @@ ever taken for it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 import nunchaku_py as nq
 from nunchaku_py.demo import shipped
@@ -14,7 +18,7 @@ from nunchaku_py.tables.foresee import tables_of
 from tests.checks import run, same_bits
 from tests.tabled import STEPS, agree, counted, draw, flux, quantized_model, quantized_pipeline, qwen_image, sd3, tables
 from tests.tiny import MODELS, PIPELINES
-from tests.tiny_models import POOLED, TEXT, TEXT_DIM, normal
+from tests.tiny_models import DTYPE, POOLED, TEXT, TEXT_DIM, normal, randomise
 
 WITH_TABLES = {"flux": 6, "sd3": 6, "qwen_image": 4, "z_image": 3, "cogvideox": 4}  # case → its modulation linears
 
@@ -212,6 +216,44 @@ def test_a_guess_that_never_comes_true_is_given_up() -> None:
     draw(pipe, arguments, num_inference_steps=20)
     assert counted(found)[2] < 8 and "does not follow from the timestep" in found.foresight.why_not
     assert counted(found)[1] > 12 * 6
+
+
+@dataclass
+class _Pipeline:
+    scheduler: Any
+    components: dict[str, nn.Module]
+
+
+def hunyuan_video() -> tuple[nn.Module, dict]:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=64, num_layers=2,
+        num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=TEXT_DIM, pooled_projection_dim=POOLED, rope_axes_dim=(16, 24, 24))
+    inputs = dict(hidden_states=normal(1, 16, 1, 8, 8), encoder_hidden_states=normal(1, TEXT, TEXT_DIM),
+                  encoder_attention_mask=torch.ones(1, TEXT), pooled_projections=normal(1, POOLED),
+                  guidance=torch.tensor([3500.0]), return_dict=False)
+    return randomise(model), inputs
+
+
+def test_linears_that_read_something_else_have_schedules_of_their_own() -> None:
+    """HunyuanVideo's text refiner reads another embedding than its blocks. In its first call that is found out: what
+    had been computed for the blocks is not what they read; from the second call on both are foreseen."""
+    model, inputs = hunyuan_video()
+    nq.quantize(model, "rtn-int4")
+    pipe = _Pipeline(FlowMatchEulerDiscreteScheduler(), {"transformer": model})
+    pipe.scheduler.set_timesteps(STEPS)
+    steps = [inputs | {"timestep": step.expand(1).to(DTYPE)} for step in pipe.scheduler.timesteps]
+    before = [run(model, one) for one in steps]
+    nq.cache_modulation(pipe)
+    assert all(same_bits(run(model, one), y) for one, y in zip(steps, before, strict=True))
+    blocks, refiner = 2 * 2 + 1, 1
+    assert counted(tables(model)) == ((STEPS - 1) * blocks + STEPS * refiner, blocks, 2)
+    other = [one | {"pooled_projections": -inputs["pooled_projections"]} for one in steps]
+    for one in other:
+        run(model, one)
+    assert counted(tables(model))[1:] == (blocks, 3)  # the refiner does not read it
 
 
 def test_the_limit_is_kept() -> None:

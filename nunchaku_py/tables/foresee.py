@@ -42,7 +42,13 @@ class ModelCall:
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
-        self.looked_up = False  # whether one of its linears has been asked
+        self.leaders: dict[Any, Any] = {}  # input → the table that was asked for it first
+
+    def meets(self, table: Any, key: Any) -> bool:
+        """Note which linears read the same; whether this one is the first of those."""
+        before = table.leader
+        table.leader = self.leaders.setdefault(key, table)
+        return table.leader is table and (before is table or len(self.leaders) == 1)
 
     def bound(self) -> inspect.BoundArguments:
         return inspect.signature(type(self.model).forward).bind(self.model, *self.args, **self.kwargs)
@@ -79,22 +85,23 @@ class Foresight:
         if key in self.expected:
             self.proven = True
 
-    def fill(self, tables: Any, call: ModelCall, x: Tensor) -> bool:
-        """Compute all that the schedule will ask for; False where it cannot be known."""
+    def fill(self, tables: Any, call: ModelCall, table: Any, x: Tensor) -> bool:
+        """Compute what a linear, and all that read the same, will be asked for; False where it cannot be known. Before
+        the model has run that are all of as many inputs."""
         steps = self._steps(tables, call, x)
         if steps is None:
             return False
-        rows = _rows_of(tables, call, steps, x)
+        rows = _rows_of(tables, table, call, steps, x)
         if rows is None:
-            self.why_not = "the model does not reach its modulation linears when called with another timestep"
+            self.why_not, self.guesses = "the model runs another way when called with another timestep", []
             return False
         keys = {tables.key_of(row): row for row in rows}
         self.expected = (self.expected if self.proven else set()) | set(list(keys)[1:])
         files, tables.given_back = mapped_files() if tables.host and x.device.type == "cpu" else [], 0
-        for site, table in tables_of(call.model):
-            if site.rows_in == x.shape[-1]:  # else it reads something else
+        for site, other in tables_of(call.model):
+            if other.leader is table or (other.leader is None and site.rows_in == x.shape[-1]):
                 with visiting(site, x.device):
-                    tables.counts.foreseen += _fill(tables, table, site, keys)
+                    tables.counts.foreseen += _fill(tables, other, site, keys)
                 tables.given_back += give_back(site.parameters(), files)
         tables.counts.schedules += 1
         return True
@@ -163,25 +170,25 @@ def _is_watched(module: nn.Module, model: nn.Module) -> bool:
                                         hasattr(module, "_hf_hook"))
 
 
-def _rows_of(tables: Any, call: ModelCall, steps: list[Tensor], x: Tensor) -> list[Tensor] | None:
+def _rows_of(tables: Any, table: Any, call: ModelCall, steps: list[Tensor], x: Tensor) -> list[Tensor] | None:
     """x, and what is read in its place at each of the steps."""
     rows = [x.detach().clone()]
     for value in steps:
-        row = _row_at(tables, call, value)
+        row = _row_at(tables, table, call, value)
         if row is None or row.shape != x.shape or row.dtype != x.dtype:
             return None
         rows.append(row.detach().clone())
     return rows
 
 
-def _row_at(tables: Any, call: ModelCall, value: Tensor) -> Tensor | None:
-    tables.learning = True
+def _row_at(tables: Any, table: Any, call: ModelCall, value: Tensor) -> Tensor | None:
+    tables.sought = table
     try:
         call.at(value)
     except Reached as reached:
         return reached.x
     finally:
-        tables.learning = False
+        tables.sought = None
     return None
 
 

@@ -48,6 +48,7 @@ class LinearTable:
         self.tables, self.home = tables, home  # home: where the model is; weights may be on the host meanwhile
         self.answers: dict[Key, Answer] = {}
         self.stamp: list[tuple[Tensor, int]] = []
+        self.leader: LinearTable | None = None  # the first that reads what this one reads; None: it has not run yet
         tables.members.append(self)
 
     def __reduce__(self) -> tuple:  # copies begin empty
@@ -122,7 +123,7 @@ class Tables:
         self.given_back = 0  # bytes of weights in pages of files that are not needed while a schedule is in the table
         self.counts, self.foresight = Counts(), Foresight()
         self.call: ModelCall | None = None
-        self.learning = False
+        self.sought: LinearTable | None = None  # by a call of the model that only learns what it reads
         self._seen: Seen | None = None
 
     def __reduce__(self) -> tuple:
@@ -139,24 +140,31 @@ class Tables:
 
     # ------------------------------------------------------------------------------------------------------- looking up
     def look_up(self, table: LinearTable, site: Any, x: Tensor) -> Tensor:
-        if self.learning:
-            raise Reached(x)
+        if self.sought is not None:
+            return self._passed_by(table, site, x)
         key = self.key_of(x)
-        is_first = self.call is not None and not self.call.looked_up
-        if is_first:
-            self.call.looked_up = True
+        leads = self.call is not None and self.call.meets(table, key)
         found = table.find(site, key)
-        if found is None and is_first and self.foresight.fill(self, self.call, x):
+        if found is None and leads and self.foresight.fill(self, self.call, table, x):
             found = table.find(site, key)
         if found is not None:
             self.counts.hits += 1
-            if is_first:
-                self.foresight.came(key)
-            self._touch(key)
+            self.foresight.came(key)
+            self.order.move_to_end(key)
             return found
         self.counts.misses += 1
         with visiting(site, x.device):
             return self.keep(table, site, key, x)
+
+    def _passed_by(self, table: LinearTable, site: Any, x: Tensor) -> Tensor:
+        """While the model runs to learn what the linear that is sought reads."""
+        if table is self.sought:
+            raise Reached(x)
+        found = table.find(site, self.key_of(x))
+        if found is not None:
+            return found
+        with visiting(site, x.device):
+            return site.run(x)
 
     def key_of(self, x: Tensor) -> Key:
         """All that an output depends on but for the tensors of the linear: bits, shape, dtype, device, backend. Blocks
@@ -173,13 +181,10 @@ class Tables:
         y = table.compute(site, key, x)
         self.order[key] = self.order.get(key, 0) + y.nbytes
         self.bytes += y.nbytes
-        self._touch(key)
+        self.order.move_to_end(key)
         while self.bytes > self.limit and len(self.order) > 1:
             self._forget(next(iter(self.order)))
         return y
-
-    def _touch(self, key: Key) -> None:
-        self.order.move_to_end(key)
 
     def _forget(self, key: Key) -> None:
         for member in self.members:
