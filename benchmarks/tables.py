@@ -3,6 +3,7 @@
     python -m benchmarks.tables                      FLUX.1, Qwen-Image, SD3.5 Large
     python -m benchmarks.tables --steps 50 --prompts 2
     python -m benchmarks.tables rows --threads 2     why rows of a schedule are computed one call each
+    python -m benchmarks.tables memory --folder DIR  of a process, for a checkpoint that benchmarks.flux_size has built
 
 A model's linears become those that its recipe makes; stored bytes are those of its tensors. What the CUDA kernels of a
 mode derive from them is counted too: scales in their layout (a4), biases and reciprocals in fp32.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import diffusers
 import torch
@@ -20,6 +22,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 import nunchaku_py as nq
+from benchmarks import machine
+from benchmarks.flux_size import gigabytes, step_inputs
 from benchmarks.shapes import CONFIGS
 from nunchaku_py.engine import Engine, jobs_of
 from nunchaku_py.linear import QuantLinear
@@ -130,23 +134,52 @@ def rows(steps: int = 28, k: int = 3072, n: int = 18432) -> str:
     return "\n".join(lines)
 
 
-def _timed(run) -> tuple[Tensor, float]:
+def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     run()
     started = time.perf_counter()
     return run(), time.perf_counter() - started
 
 
+@dataclass
+class Pipeline:
+    """What nq.cache_modulation wants of one."""
+
+    scheduler: diffusers.FlowMatchEulerDiscreteScheduler
+    components: dict[str, nn.Module]
+
+
+@torch.no_grad()
+def memory(folder: Path, steps: int, tokens: int, run: int = 3) -> Iterator[str]:
+    """The process after `run` steps of a schedule without tables, then with them; whether the outputs are the same."""
+    model = nq.load(folder)
+    pipe = Pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), {"transformer": model})
+    pipe.scheduler.set_timesteps(steps)
+    inputs, found = step_inputs(model, tokens), []
+    for enabled in (False, True):
+        nq.cache_modulation(pipe, enabled)
+        for step in pipe.scheduler.timesteps[:run]:
+            started = time.perf_counter()
+            found.append(model(**inputs | {"timestep": step.expand(1).bfloat16() / 1000}).sample)
+            yield (f"step at {float(step):.0f} {'with' if enabled else 'without'} tables: "
+                   f"{time.perf_counter() - started:.2f} s, {gigabytes(machine.memory())}")
+    same = all(torch.equal(*pair) for pair in zip(found[:run], found[run:], strict=True))
+    yield f"the outputs are {'the same bits' if same else 'DIFFERENT'}; {nq.explain(model).tables[0]}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=(*MODELS, "all", "rows"), default="all")
+    parser.add_argument("what", nargs="?", choices=(*MODELS, "all", "rows", "memory"), default="all")
+    parser.add_argument("--folder", type=Path, help="memory: of the checkpoint")
+    parser.add_argument("--tokens", type=int, default=64, help="memory: of the image")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--prompts", type=int, default=1, help="2 with true guidance, times images in a batch")
     parser.add_argument("--recipe", choices=("svdquant-int4", "svdquant-nvfp4"), default="svdquant-int4")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    if args.what == "rows":
-        print(rows(args.steps))
+    if args.what in ("rows", "memory"):
+        for line in [rows(args.steps)] if args.what == "rows" else memory(args.folder, args.steps, args.tokens):
+            print(line, flush=True)
         return
     for name in MODELS if args.what == "all" else (args.what,):
         print(table(f"{CONFIGS[name][0]}, {args.recipe}, {args.steps} steps, {args.prompts} prompt(s)",

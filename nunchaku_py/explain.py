@@ -82,6 +82,8 @@ def explain(target: object, rows: int = 64) -> Explanations:
         if not site.has_data():
             raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove offloading")
         site.pack()
+        if site.table is not None and site.table.is_away(site):  # it runs on another device than where it is now
+            continue
         key = (site.linear_spec.token, site.rows_out, site.site.rank, str(site.codes.device))
         kinds.setdefault(key, []).append(site)
     found = Explanations()

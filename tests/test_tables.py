@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
 from torch import nn
 
 import nunchaku_py as nq
@@ -137,8 +138,6 @@ def test_changed_weights_are_noticed() -> None:
 
 def test_loras_on_modulation_linears_are_noticed() -> None:
     """Loaded, of another strength, off, on, and gone: each draws what it draws without tables."""
-    from peft import LoraConfig
-
     pipe, arguments, found = quantized_pipeline()
     plain = draw(pipe, arguments)
     model = pipe.transformer
@@ -214,8 +213,22 @@ def test_a_guess_that_never_comes_true_is_given_up() -> None:
     own = embed.forward
     embed.forward = lambda *args: own(*args) + next(count)
     draw(pipe, arguments, num_inference_steps=20)
-    assert counted(found)[2] < 8 and "does not follow from the timestep" in found.foresight.why_not
+    assert counted(found)[2] < 8 and "with more than the timestep" in found.foresight.why_not
     assert counted(found)[1] > 12 * 6
+
+
+def test_strengths_that_change_in_every_step_are_not_foreseen_again_and_again() -> None:
+    """A strength in the call is set before it and taken back after it: tables are void each time."""
+    pipe, arguments, found = quantized_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["norm1.linear", "norm.linear"],
+                                            init_lora_weights=False), "one")
+    draw(pipe, arguments, num_inference_steps=12)
+    assert counted(found)[1:] == (0, 1)
+    strength = {"joint_attention_kwargs": {"scale": 0.3}}
+    assert agree(pipe, arguments, num_inference_steps=12, **strength)
+    assert counted(found)[2] == 2 and "more than the timestep" in found.foresight.why_not
+    assert agree(pipe, arguments, num_inference_steps=12)  # a run without: foreseen as before
+    assert counted(found)[2] == 3 and counted(found)[1] <= 12 * 6
 
 
 @dataclass

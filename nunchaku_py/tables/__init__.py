@@ -13,7 +13,7 @@ from ..models.pattern import matches, pattern_of
 from ..swap import quantized_components
 from . import silu
 from .foresee import tables_of
-from .host import is_away, send_home
+from .host import send_home
 from .store import LinearTable, Tables
 
 WEIGHTS = ("host", "device")
@@ -76,9 +76,9 @@ def _limit(linears: Iterable[QuantLinear]) -> int:
 def detach(model: nn.Module) -> None:
     """Take the tables off a model, or off a copy of one that has them."""
     for linear, table in list(tables_of(model)):
-        linear.table = None
-        if is_away(linear, table.home):
+        if table.is_away(linear):
             send_home(linear, table.home)
+        linear.table = None
     silu.unshare(model)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number, hook in list(hooks.items()):
@@ -95,7 +95,7 @@ def table_lines(models: Iterable[nn.Module]) -> list[str]:
 
 def _line(pairs: list[tuple[Any, LinearTable]]) -> str:
     tables = pairs[0][1].tables
-    away = [site for site, table in pairs if is_away(site, table.home)]
+    away = [site for site, table in pairs if table.is_away(site)]
     weights = f"{_mib(sum(site.nbytes() for site, _ in pairs))} of weights on "
     where = f"the host, of {len(away)} linears that run on {pairs[0][1].home}" if away else str(pairs[0][1].home)
     stay = f"{_mib(tables.given_back)} of them in pages given back to their file" if tables.given_back else (

@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from .host import visiting
 from .pages import give_back, mapped_files
 
+UNRELATED = "what the linears read, or their weights, change with more than the timestep"
 NAMES = ("timestep", "t")  # of the argument, in diffusers' models
 # timesteps of the scheduler, dtype of the argument, training steps → what a pipeline passes
 GUESSES: tuple[Callable[[Tensor, torch.dtype, int], Tensor], ...] = (
@@ -70,20 +71,18 @@ class ModelCall:
 
 
 class Foresight:
-    """What has been learned about a schedule: which guess holds for it. A guess none of whose rows ever came is given
-    up when another timestep misses."""
+    """What has been learned about a schedule: which guess holds for it. Where a later step finds that nothing computed
+    ahead has come, the guess is given up; or, if it has held before, nothing more is computed ahead in this run."""
 
     def __init__(self) -> None:
         self.schedule: Tensor | None = None
         self.guesses: list[Callable] = []
-        self.origin: Tensor | None = None
-        self.expected: set[Any] = set()  # keys of rows computed ahead that have not come yet
-        self.proven = False
+        self.tried: dict[Callable, int] = {}  # guess → the step at which rows were computed ahead by it last
+        self.came_true = self.proven = False  # whether one has been asked for: since then; of this schedule ever
         self.why_not = "no pipeline has run yet"
 
-    def came(self, key: Any) -> None:
-        if key in self.expected:
-            self.proven = True
+    def came(self) -> None:
+        self.came_true = self.proven = True
 
     def fill(self, tables: Any, call: ModelCall, table: Any, x: Tensor) -> bool:
         """Compute what a linear, and all that read the same, will be asked for; False where it cannot be known. Before
@@ -96,7 +95,6 @@ class Foresight:
             self.why_not, self.guesses = "the model runs another way when called with another timestep", []
             return False
         keys = {tables.key_of(row): row for row in rows}
-        self.expected = (self.expected if self.proven else set()) | set(list(keys)[1:])
         files, tables.given_back = mapped_files() if tables.host and x.device.type == "cpu" else [], 0
         for site, other in tables_of(call.model):
             if other.leader is table or (other.leader is None and site.rows_in == x.shape[-1]):
@@ -113,32 +111,41 @@ class Foresight:
         self.why_not = _unforeseeable(call.model, schedule, given)
         if self.why_not:
             return None
-        now = given.detach().flatten()[:1].cpu()
-        self._narrow(schedule.detach().cpu(), now)
-        total = int(getattr(scheduler.config, "num_train_timesteps", 1000))
+        now, total = given.detach().flatten()[:1].cpu(), int(getattr(scheduler.config, "num_train_timesteps", 1000))
+        self._note(schedule.detach().cpu())
         for guess in list(self.guesses):
             values = guess(self.schedule, now.dtype, total)
             if values.dtype == now.dtype and bool((values == now).any()):
-                self.guesses, self.origin = self.guesses[self.guesses.index(guess):], now
                 first = int((values == now).nonzero()[0])
-                return list(values[first + 1:].unique_consecutive())[:_room(tables, call.model, x)]
-        self.why_not = ("the timestep that the model is called with is none of the scheduler's" if self.guesses else
-                        "what the linears read does not follow from the timestep alone")
+                if not self._is_in_vain(guess, first):
+                    return list(values[first + 1:].unique_consecutive())[:_room(tables, call.model, x)]
+                if self.proven:
+                    break
+        self.why_not = self.why_not or (UNRELATED if len(self.guesses) < len(GUESSES) else
+                                        "the timestep that the model is called with is none of the scheduler's")
         return None
 
-    def _narrow(self, schedule: Tensor, now: Tensor) -> None:
+    def _note(self, schedule: Tensor) -> None:
         if self.schedule is None or not torch.equal(self.schedule, schedule):
-            self.schedule, self.guesses, self.proven = schedule, list(GUESSES), False
-            self.expected, self.origin = set(), None
-        elif not self.proven and self.origin is not None and not torch.equal(self.origin, now):
-            self.guesses, self.origin = self.guesses[1:], None
+            self.schedule, self.guesses, self.tried, self.proven = schedule, list(GUESSES), {}, False
+
+    def _is_in_vain(self, guess: Callable, step: int) -> bool:
+        """Whether nothing computed ahead by this guess has come. Else it is taken at its word once more."""
+        before = self.tried.get(guess, step)
+        if self.came_true or before == step or (self.proven and step < before):  # a prompt more, or another run
+            self.tried[guess], self.came_true = step, False
+            return False
+        self.why_not = UNRELATED
+        if not self.proven:
+            self.guesses.remove(guess)
+        return True
 
 
 def _fill(tables: Any, table: Any, site: Any, keys: dict[Any, Tensor]) -> int:
     """Compute what a linear lacks of these rows; how many."""
-    new = {key: row for key, row in keys.items() if table.find(site, key) is None}
-    for key, row in new.items():
-        tables.keep(table, site, key, row)
+    new = [key for key in keys if table.find(site, key) is None]
+    for key in new:
+        tables.keep(table, site, key, keys[key], ahead=key != next(iter(keys)))
     return len(new)
 
 

@@ -28,10 +28,11 @@ Seen = tuple[weakref.ref, int, Key]  # an input, its version, and its key
 
 
 class Answer(NamedTuple):
-    """An output; its version betrays whoever writes into it."""
+    """An output; its version betrays whoever writes into it. ahead: it was computed for a step to come."""
 
     y: Tensor
     version: int
+    ahead: bool
 
 
 class Counts:
@@ -66,16 +67,14 @@ class LinearTable:
                 return site.run(x)
         return self.tables.look_up(self, site, x)
 
-    def find(self, site: Any, key: Key) -> Tensor | None:
+    def find(self, site: Any, key: Key) -> Answer | None:
         if not _same(self.stamp, stamp_of(site)):
             self.clear()
             return None
         found = self.answers.get(key)
-        if found is None or found.y._version != found.version:
-            return None
-        return found.y
+        return found if found is not None and found.y._version == found.version else None
 
-    def compute(self, site: Any, key: Key, x: Tensor) -> Tensor:
+    def compute(self, site: Any, key: Key, x: Tensor, ahead: bool) -> Tensor:
         """By the call that the model makes: another number of rows would round sums otherwise. Not in inference mode,
         whose tensors do not count their versions."""
         with torch.inference_mode(False), torch.no_grad():
@@ -85,7 +84,7 @@ class LinearTable:
             self.clear()
             self.stamp = stamp
         self.tables.forget_one(self, key)
-        self.answers[key] = Answer(y, y._version)
+        self.answers[key] = Answer(y, y._version, ahead)
         return y
 
     def clear(self) -> None:
@@ -93,9 +92,12 @@ class LinearTable:
             self.tables.forget_one(self, key)
         self.stamp = []
 
+    def is_away(self, site: Any) -> bool:
+        return is_away(site, self.home)
+
     def device(self, site: Any) -> torch.device:
         """Where the linear's inputs are."""
-        return self.home if is_away(site, self.home) else site.codes.device
+        return self.home if self.is_away(site) else site.codes.device
 
     def nbytes(self) -> int:
         return sum(answer.y.nbytes for answer in self.answers.values())
@@ -149,9 +151,10 @@ class Tables:
             found = table.find(site, key)
         if found is not None:
             self.counts.hits += 1
-            self.foresight.came(key)
+            if found.ahead and leads:
+                self.foresight.came()
             self.order.move_to_end(key)
-            return found
+            return found.y
         self.counts.misses += 1
         with visiting(site, x.device):
             return self.keep(table, site, key, x)
@@ -162,7 +165,7 @@ class Tables:
             raise Reached(x)
         found = table.find(site, self.key_of(x))
         if found is not None:
-            return found
+            return found.y
         with visiting(site, x.device):
             return site.run(x)
 
@@ -177,8 +180,8 @@ class Tables:
         self._seen = (weakref.ref(x), x._version, key) if counts else None
         return key
 
-    def keep(self, table: LinearTable, site: Any, key: Key, x: Tensor) -> Tensor:
-        y = table.compute(site, key, x)
+    def keep(self, table: LinearTable, site: Any, key: Key, x: Tensor, ahead: bool = False) -> Tensor:
+        y = table.compute(site, key, x, ahead)
         self.order[key] = self.order.get(key, 0) + y.nbytes
         self.bytes += y.nbytes
         self.order.move_to_end(key)
