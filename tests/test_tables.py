@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import nn
 
@@ -235,6 +235,35 @@ def test_strengths_that_change_in_every_step_are_not_foreseen_again_and_again() 
 class _Pipeline:
     scheduler: Any
     components: dict[str, nn.Module]
+
+
+PASSED = {  # what pipelines of diffusers make of a timestep, t a tensor without dimensions
+    "FLUX.1": lambda t: t.expand(1).to(DTYPE) / 1000, "AuraFlow": lambda t: torch.tensor([t / 1000]).to(DTYPE),
+    "SD3": lambda t: t.expand(1), "Z-Image": lambda t: (1000 - t.expand(1)) / 1000,
+    "Lumina2": lambda t: (1 - t / 1000).expand(1)}
+
+
+@pytest.mark.parametrize("passed", PASSED)
+def test_what_pipelines_pass_is_foreseen(passed: str) -> None:
+    model, inputs = quantized_model()
+    pipe = _Pipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), {"transformer": model})
+    pipe.scheduler.set_timesteps(STEPS)
+    nq.cache_modulation(pipe)
+    for step in pipe.scheduler.timesteps:
+        run(model, inputs | {"timestep": PASSED[passed](step)})
+    hits, misses, schedules = counted(tables(model))
+    assert hits == STEPS * 6 and misses == 0
+    assert schedules <= 2  # timesteps that look alike at the first step may differ at the second
+
+
+def test_whole_numbers_are_foreseen() -> None:
+    model, inputs = quantized_model("cogvideox")
+    pipe = _Pipeline(CogVideoXDDIMScheduler(), {"transformer": model})
+    pipe.scheduler.set_timesteps(STEPS)
+    nq.cache_modulation(pipe)
+    for step in pipe.scheduler.timesteps:
+        run(model, inputs | {"timestep": step.expand(1)})
+    assert counted(tables(model)) == (STEPS * 4, 0, 1)
 
 
 def hunyuan_video() -> tuple[nn.Module, dict]:
