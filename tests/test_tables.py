@@ -3,6 +3,7 @@ ever taken for it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,17 @@ from tests.tiny import MODELS, PIPELINES
 from tests.tiny_models import DTYPE, POOLED, TEXT, TEXT_DIM, normal, randomise
 
 WITH_TABLES = {"flux": 6, "sd3": 6, "qwen_image": 4, "z_image": 3, "cogvideox": 4}  # case → its modulation linears
+
+
+def test_threads_may_share_a_model() -> None:
+    model, inputs = quantized_model()
+    calls = [inputs | {"timestep": torch.full((1,), 0.1 * i, dtype=DTYPE)} for i in range(8)]
+    before = [run(model, one) for one in calls]
+    nq.cache_modulation(model)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: run(model, one), calls * 3))
+    assert all(map(same_bits, found, before * 3))
+    assert sum(counted(tables(model))) == 24 * 6
 
 
 # ------------------------------------------------------------------------------------------------------------ same bits

@@ -189,13 +189,13 @@ def _rows_of(tables: Any, table: Any, call: ModelCall, steps: list[Tensor], x: T
 
 
 def _row_at(tables: Any, table: Any, call: ModelCall, value: Tensor) -> Tensor | None:
-    tables.sought = table
+    tables.now.sought = table
     try:
         call.at(value)
     except Reached as reached:
         return reached.x
     finally:
-        tables.sought = None
+        tables.now.sought = None
     return None
 
 

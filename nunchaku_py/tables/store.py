@@ -5,6 +5,7 @@ output for that row is computed once, by the very call that the model would make
 """
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -112,6 +113,13 @@ class LinearTable:
         return tensor if stays else move_only(fn, tensor)
 
 
+class _Now(threading.local):
+    """What a thread is about."""
+
+    call: ModelCall | None = None
+    sought: LinearTable | None = None  # by a call of the model that only learns what this one reads
+
+
 class Tables:
     """Those of all modulation linears of a model. host: whether weights stay on the host, and are brought for a call
     that needs them; on a CPU, pages of files are given back. limit: bytes of outputs that are kept, those that were
@@ -124,8 +132,7 @@ class Tables:
         self.bytes = 0
         self.given_back = 0  # bytes of weights in pages of files that are not needed while a schedule is in the table
         self.counts, self.foresight = Counts(), Foresight()
-        self.call: ModelCall | None = None
-        self.sought: LinearTable | None = None  # by a call of the model that only learns what it reads
+        self.now, self._lock = _Now(), threading.RLock()
         self._seen: Seen | None = None
 
     def __reduce__(self) -> tuple:
@@ -134,20 +141,22 @@ class Tables:
     # -------------------------------------------------------------------------------------------- hooks of the model
     def enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self.call = ModelCall(model, args, kwargs)
+            self.now.call = ModelCall(model, args, kwargs)
 
     def leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.call = None
+            self.now.call = None
 
     # ------------------------------------------------------------------------------------------------------- looking up
     def look_up(self, table: LinearTable, site: Any, x: Tensor) -> Tensor:
-        if self.sought is not None:
-            return self._passed_by(table, site, x)
-        key = self.key_of(x)
-        leads = self.call is not None and self.call.meets(table, key)
+        with self._lock:
+            return self._looked_up(table, site, x) if self.now.sought is None else self._passed_by(table, site, x)
+
+    def _looked_up(self, table: LinearTable, site: Any, x: Tensor) -> Tensor:
+        key, call = self.key_of(x), self.now.call
+        leads = call is not None and call.meets(table, key)
         found = table.find(site, key)
-        if found is None and leads and self.foresight.fill(self, self.call, table, x):
+        if found is None and leads and self.foresight.fill(self, call, table, x):
             found = table.find(site, key)
         if found is not None:
             self.counts.hits += 1
@@ -161,7 +170,7 @@ class Tables:
 
     def _passed_by(self, table: LinearTable, site: Any, x: Tensor) -> Tensor:
         """While the model runs to learn what the linear that is sought reads."""
-        if table is self.sought:
+        if table is self.now.sought:
             raise Reached(x)
         found = table.find(site, self.key_of(x))
         if found is not None:
