@@ -20,6 +20,7 @@ _PUBLIC = {
     "load": "checkpoint", "save": "checkpoint", "export": "checkpoint", "dequantize": "swap",
     "set_mode": "swap", "set_fusion": "swap", "set_weights": "swap",
     "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "explain",
+    "cache_modulation": "tables",
     "backend": "ops.registry", "set_nunchaku_lite": "lite_choice",
     "reserve_lora": "lora.room", "compress_lora": "lora.room", "refresh_lora": "lora.room",
 }

@@ -21,6 +21,7 @@ from .models.pattern import pattern_of
 from .module_tools import adapted_layers
 from .report import fold_lines
 from .swap import quantized_components, quantized_sites
+from .tables import table_lines
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,21 @@ class PatternUse:
 
 class Explanations(list[Explanation]):
     """A list that prints one sentence a line, those of modes and of the fold before it; then those of the patterns, of
-    the adapters that are on, and of attention where it is set to a backend of ours. folds: what folding to INT8 changes
-    in each weight that is made for 4-bit activations, relative to it; of several models with the component's name in
-    front."""
+    the adapters that are on, of modulation tables, and of attention where it is set to a backend of ours. folds: what
+    folding to INT8 changes in each weight that is made for 4-bit activations, relative to it; of several models with
+    the component's name in front."""
 
     modes: list[str]
     folds: dict[str, float]
     patterns: list[PatternUse]
     adapters: list[str]
+    tables: list[str]
     attention: list[str]
 
     def __str__(self) -> str:
         fold = fold_lines(list(self.folds.values()))
-        return "\n".join(map(str, [*self.modes, *fold, *self, *self.patterns, *self.adapters, *self.attention]))
+        return "\n".join(map(str, [*self.modes, *fold, *self, *self.patterns, *self.adapters, *self.tables,
+                                   *self.attention]))
 
 
 @torch.no_grad()
@@ -79,6 +82,8 @@ def explain(target: object, rows: int = 64) -> Explanations:
         if not site.has_data():
             raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove offloading")
         site.pack()
+        if site.table is not None and site.table.is_away(site):  # it runs on another device than where it is now
+            continue
         key = (site.linear_spec.token, site.rows_out, site.site.rank, str(site.codes.device))
         kinds.setdefault(key, []).append(site)
     found = Explanations()
@@ -88,6 +93,7 @@ def explain(target: object, rows: int = 64) -> Explanations:
     found.folds = {(f"{component}.{name}" if len(models) > 1 else name): error
                    for component, model in components.items() for name, error in fold_errors(model).items()}
     found.patterns, found.adapters = _explain_patterns(models), _explain_adapters(models)
+    found.tables = table_lines(models)
     found.attention = [line for model in models for line in attention_lines(model)]
     return found
 

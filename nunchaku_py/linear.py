@@ -19,7 +19,7 @@ from .errors import NunchakuError
 from .gradient import StraightThrough, wants_gradient
 from .input_key import InputKey, digest_of, input_key
 from .lora.branch import Adapter, Columns, InputGroup, Room, own_columns
-from .module_tools import data_of, dtype_name, filled, is_offloaded, move_only
+from .module_tools import data_of, dtype_name, filled, is_offloaded, move_only, nothing
 from .precision import as_autocast, without_autocast
 from .site import (
     MODES,
@@ -59,6 +59,7 @@ class QuantizedSite(nn.Module):
         self.group: InputGroup | None = None  # with whom it may share its input
         self.adapters: tuple[Adapter, ...] = ()  # folded into the branch, see lora/branch.py
         self.adapter_room = Room()
+        self.table: Any = None  # of a modulation linear: see tables/
         self.set_branch(None, None, None, "")
         for name, (shape, kind) in site.tensors(n, k, bias, dtype).items():
             empty = torch.empty(shape, dtype=kind, device="meta")
@@ -299,7 +300,8 @@ class QuantizedSite(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves follow; casts do not reach the stored tensors (their bits are the model) but set the compute dtype."""
         device, before = self.codes.device, self._row_dtype()
-        super()._apply(lambda tensor: move_only(fn, tensor), recurse)
+        move = move_only if self.table is None else self.table.move
+        super()._apply(lambda tensor: move(fn, tensor), recurse)
         wanted = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         self.compute_dtype = wanted if wanted in COMPUTE_DTYPES else self.compute_dtype
         self.row_dtype = None
@@ -333,10 +335,7 @@ class QuantizedSite(nn.Module):
             self._unpack()
 
     def _shim(self, *shape: int) -> Tensor:
-        """A weight by shape, dtype and device only. NaN, so that code which multiplies by it is noticed."""
-        nan = torch.full((1,), float("nan"), dtype=self.compute_dtype, device=self.codes.device).expand(*shape)
-        nan._is_hf_initialized = True  # transformers would draw random weights into it when a tied tensor is missing
-        return nan
+        return nothing(shape, self.compute_dtype, self.codes.device if self.table is None else self.table.device(self))
 
     def effective_weight(self) -> Tensor:
         """(N,K) fp32: the weight of the 16-bit model that this site stands for, adapters included."""
@@ -380,6 +379,9 @@ class QuantPart(QuantizedSite):
         return self._shim(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(x) if self.table is None else self.table.answer(self, x)
+
+    def run(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise NunchakuError(f"input: expected (…, {self.in_features}), got {tuple(x.shape)}")
         return self.apply_rows(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)

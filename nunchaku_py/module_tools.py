@@ -48,6 +48,13 @@ def move_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
 
+def nothing(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Stands for a weight that is held otherwise. NaN, so that code which multiplies by it is noticed."""
+    nan = torch.full((1,), float("nan"), dtype=dtype, device=device).expand(*shape)
+    nan._is_hf_initialized = True  # transformers would draw random weights into it when a tied tensor is missing
+    return nan
+
+
 def data_of(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.data
 

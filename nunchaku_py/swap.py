@@ -183,6 +183,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     import copy
 
     from .quantize import unattach
+    from .tables import detach
 
     if not isinstance(model, nn.Module):
         raise NunchakuError(f"dequantize takes a model, not {type(model).__name__}: name the pipeline's component")
@@ -192,6 +193,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     if any(not site.has_data() for site in quantized_sites(model)):
         raise NunchakuError("dequantize: tensors have no data here (meta device); remove the offloading first")
     out = copy.deepcopy(model)
+    detach(out)
     for name, module in quantized_modules(out).items():
         replace_module(out, name, module.dense())
     for module in out.modules():

@@ -290,7 +290,7 @@ def _write_strengths(site: Any, adapters: Sequence[Adapter], up: Tensor) -> int:
     """scale·B of every adapter, rounded once; gives where they end."""
     start = site.site.rank
     for adapter in adapters:
-        own = adapter.columns(site)
+        own = adapter.columns(site).to(up.device)
         stop = start + own.shape[1]
         torch.mul(own, adapter.scale, out=up[:, start:stop])
         start = stop

@@ -45,7 +45,7 @@ class QuantDoraLayer(DoraLinearLayer):
         """What is added to base_result, which is the linear's output with its bias."""
         bias = _bias_of(base_layer)
         plain = base_layer(x) if base_result is None else base_result
-        plain = plain if bias is None else plain - bias
+        plain = plain if bias is None else plain - bias.to(plain.device)
         factor = self.weight / self._cached_norm(lora_A.weight, lora_B.weight, float(scaling), base_layer)
         return (factor - 1) * plain + factor * lora_B(lora_A(x)) * scaling
 
@@ -54,7 +54,7 @@ class QuantDoraLayer(DoraLinearLayer):
         versions = [0 if half.is_inference() else half._version for half in (down, up)]
         key = (down.data_ptr(), up.data_ptr(), *versions, scaling)
         if self._norm is None or self._norm[0] != key or self._norm[1].device != self.weight.device:
-            self._norm = key, _norm_of(base_layer, down, up, scaling)
+            self._norm = key, _norm_of(base_layer, down, up, scaling).to(self.weight.device)
         return self._norm[1]
 
 
