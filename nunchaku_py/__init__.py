@@ -21,6 +21,7 @@ _PUBLIC = {
     "set_mode": "swap", "set_fusion": "swap", "set_weights": "swap",
     "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "explain",
     "backend": "ops.registry", "set_nunchaku_lite": "lite_choice",
+    "offload": "offload",
     "reserve_lora": "lora.room", "compress_lora": "lora.room", "refresh_lora": "lora.room",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .module_tools import used_on
 from .swap import QuantizedSite, quantized_sites
 
 A8_WEIGHTS = {"folded": "INT8 weights, folded at load", "scaled": "4-bit weights, folded to INT8 as they are read",
@@ -18,7 +19,7 @@ def mode_lines(models: Iterable[nn.Module]) -> list[str]:
     counts: dict[str, Counter[str]] = {}
     asked: dict[str, set[str]] = {}
     for site in (site for model in models for site in quantized_sites(model)):
-        device = str(site.codes.device)
+        device = str(used_on(site))
         counts.setdefault(device, Counter())[f"{site.mode} ({_weights(site)})"] += 1
         if site.site.kind == "w4a4":
             asked.setdefault(device, set()).add(site.requested_mode)
