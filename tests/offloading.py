@@ -9,11 +9,15 @@ from nunchaku_py import NunchakuError
 from nunchaku_py.offload.budget import parse_size
 
 
-def least(model: nn.Module, device: str = "cpu") -> int:
-    """The smallest budget that works, by what the refusal says."""
+def refused(model: nn.Module, name: str, **more: str) -> int:
+    """The smallest budget that works, by what the refusal of a smaller one says."""
     with pytest.raises(NunchakuError, match="the least that works is") as refusal:
-        nq.offload(model, vram=0, device=device)
-    return parse_size(str(refusal.value).split("vram='")[1].rstrip("'"), "vram")
+        nq.offload(model, **{name: 0}, **more)
+    return parse_size(str(refusal.value).split(f"{name}='")[1].rstrip("'"), name)
+
+
+def least(model: nn.Module, device: str = "cpu") -> int:
+    return refused(model, "vram", device=device)
 
 
 def streamed(model: nn.Module, more: int = 0) -> nn.Module:

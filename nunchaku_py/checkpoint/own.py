@@ -176,6 +176,8 @@ def fill_model(config: dict[str, Any], file: TensorFile, shared: dict[str, str] 
 
 def _tied(model: nn.Module, file: TensorFile) -> dict[str, str]:
     """Second name → first name of tensors that an empty model holds under both, and the file under the first."""
+    if hasattr(model, "tie_weights"):  # transformers'
+        model.tie_weights()
     state = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in state.items() if name in file}
     return {name: first[id(tensor)] for name, tensor in state.items() if name not in file and id(tensor) in first}

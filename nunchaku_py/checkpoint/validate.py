@@ -56,6 +56,7 @@ def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
             _check_finite(module.bias, f"{source}: {name}.bias")
     prepare(model)
     _align(model)
+    release(model.parameters())
 
 
 def check_state(state: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.mapping import CAN_DROP, drop, spans_of, will_need
+from ..checkpoint.mapping import CAN_DROP, drop, is_mapped, spans_of, will_need
 from ..errors import NunchakuError
 from ..models.discover import blocks_of
 from ..models.pattern import pattern_of
@@ -62,4 +62,4 @@ def _drop(block: nn.Module) -> None:
 
 
 def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(stop - start for _, start, stop in spans_of(tensors))
+    return sum(tensor.nbytes for tensor in tensors if is_mapped(tensor))
