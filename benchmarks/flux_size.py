@@ -244,7 +244,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1024, help="step: of the image; 1024 are 512×512")
     parser.add_argument("--steps", type=int, default=2, help="step: how many, 0: load only")
     parser.add_argument("--mmap", action="store_true", help="step: map the weights by nq.load(..., mmap=True)")
-    parser.add_argument("--ram", help="step: map them, and let so much of them count as memory of the process, as '4GB'")
+    parser.add_argument("--ram", help="step: map them, and let so much of them be in the process's memory, as '4GB'")
     parser.add_argument("--out", type=Path, help="step: CSV that the row is added to")
     args = parser.parse_args(argv)
     if args.quick:

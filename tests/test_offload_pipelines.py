@@ -5,6 +5,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,6 +97,9 @@ def test_diffusers_own_offloading_of_a_pipeline_is_as_before() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- on GPUs
+SLACK = 2**22  # bytes: workspaces of libraries that come with a first call
+
+
 def wide(blocks: int = 6) -> tuple[nn.Module, dict]:
     """A quantized FLUX whose blocks weigh some megabytes, on the CPU."""
     from benchmarks.flux_size import meta_model, step_inputs
@@ -124,14 +128,14 @@ def test_on_a_gpu(mode: str) -> None:
     model.cpu()
     small = least(model, "cuda")
     for more in (0, small // 4):
+        before = torch.cuda.memory_allocated()
         nq.offload(model, vram=small + more)
-        torch.cuda.synchronize()
-        others = expected.nbytes + sum(tensor.nbytes for tensor in inputs.values())
-        assert torch.cuda.memory_allocated() <= small + more + others + 2**20
+        assert torch.cuda.memory_allocated() <= before + small + more + SLACK
         assert model.device.type == "cuda"
         for _ in range(4):
             assert same_bits(run(model, inputs), expected)
-    nq.offload(model, None)
+        nq.offload(model, None)
+        assert torch.cuda.memory_allocated() <= before + SLACK
     assert {p.device.type for p in model.parameters()} == {"cpu"} and differences(state, model.state_dict()) == []
     assert same_bits(run(model.cuda(), inputs), expected)
 
@@ -140,6 +144,7 @@ def test_on_a_gpu(mode: str) -> None:
 def test_on_a_gpu_in_less_memory() -> None:
     model, inputs = wide(12)
     inputs = on_gpu(inputs)
+    nq.set_weights(model, "int4")  # as streamed ones are, whatever the GPU
 
     def peak() -> int:
         run(model, inputs)
@@ -153,7 +158,7 @@ def test_on_a_gpu_in_less_memory() -> None:
     small = least(model, "cuda")
     weights = sum(tensor.nbytes for tensor in model.parameters())
     nq.offload(model, vram=small)
-    assert peak() < whole - (weights - small) + 2**20
+    assert peak() < whole - (weights - small) + SLACK
 
 
 @pytest.mark.gpu
@@ -179,13 +184,13 @@ def test_on_a_gpu_with_adapters_on_another_stream() -> None:
 def test_a_pipeline_on_a_gpu() -> None:
     pipe, call = PIPELINES["flux_prompt"]()
     nq.quantize(pipe, components={"transformer": QUICK, "text_encoder_2": "w4a16-int4"})
-    call["output_type"] = "np"
     pipe.to("cuda")
     expected = picture(pipe, call)
     pipe.to("cpu")
     nq.offload(pipe, vram=least(pipe.transformer, "cuda"))
     for _ in range(2):
-        assert (picture(pipe, call) == expected).all()
-        assert pipe.text_encoder_2.device.type == pipe.vae.device.type == "cpu"
+        assert torch.equal(picture(pipe, call), expected)
+        assert pipe.text_encoder_2.device.type == "cpu"
+    assert np.isfinite(picture(pipe, {**call, "output_type": "np"})).all() and pipe.vae.device.type == "cpu"
     nq.offload(pipe, None)
     assert pipe.transformer.device.type == "cpu"

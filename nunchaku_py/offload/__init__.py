@@ -46,7 +46,9 @@ def offload(target: Any, vram: Size | None = None, ram: Size | None = None,
         share = budget // len(models)
         vars(model)[ATTRIBUTE] = Streaming(model, share, device) if ram is None else Paging(model, share)
     if not isinstance(target, nn.Module):
-        vars(target)[ATTRIBUTE] = Guests(target, models, None if ram is not None else vars(models[0])[ATTRIBUTE].device)
+        place = None if ram is not None else vars(models[0])[ATTRIBUTE].device
+        vars(target)[ATTRIBUTE] = Guests(target, models, place)
+        _check_place(target, place)
 
 
 def offload_lines(models: list[nn.Module]) -> list[str]:
@@ -61,6 +63,15 @@ def _models_of(target: Any) -> list[nn.Module]:
         raise NunchakuError(f"nq.offload: of this {type(target).__name__} {', '.join(found)} is quantized, and none of "
                             f"{', '.join(DENOISERS)}; name the component instead of the pipeline")
     return models
+
+
+def _check_place(pipe: Any, place: torch.device | None) -> None:
+    """The pipeline makes its inputs where it believes that it computes."""
+    found = getattr(pipe, "_execution_device", place)
+    if place is not None and found.type != place.type:
+        offload(pipe, None)
+        raise NunchakuError(f"nq.offload: this {type(pipe).__name__} would make its inputs on {found}, while its "
+                            f"denoiser computes on {place}; offload the denoiser alone, or update diffusers")
 
 
 def _refuse(model: nn.Module) -> None:
