@@ -38,19 +38,23 @@ class Logged(nn.Linear):
     decode = encode = forward
 
 
-def test_guests_come_when_they_are_called() -> None:
+@pytest.mark.parametrize("more", [80, 79])  # bytes that are free beside the denoiser; a guest takes 80
+def test_guests_come_when_they_are_called(more: int) -> None:
     log: list = []
     parts = {name: Logged(log, name) for name in ("text_encoder", "text_encoder_2", "vae", "controlnet", "transformer")}
-    pipe = SimpleNamespace(components=parts)
-    guests = Guests(pipe, [parts["transformer"]], torch.device("meta"))
+    denoiser = SimpleNamespace(model=parts["transformer"], device=torch.device("meta"), budget=100 + more,
+                               plan=SimpleNamespace(nbytes=100), make_room=lambda: log.append("make room"),
+                               come_back=lambda: log.append("come back"))
+    guests = Guests(SimpleNamespace(components=parts), [denoiser])
     assert log == [("text_encoder", "cpu"), ("text_encoder_2", "cpu"), ("vae", "cpu"), ("controlnet", "meta")]
     log.clear()
     for name in ("text_encoder", "text_encoder_2", "text_encoder", "transformer", "transformer"):
         parts[name]()
     parts["vae"].decode()
-    assert log == [("text_encoder", "meta"), "text_encoder", ("text_encoder_2", "meta"), "text_encoder_2",
-                   "text_encoder", ("text_encoder", "cpu"), ("text_encoder_2", "cpu"), "transformer", "transformer",
-                   ("vae", "meta"), "vae", ("vae", "cpu")]
+    room = ["make room"] if more < 80 else []
+    assert log == [*room, ("text_encoder", "meta"), "text_encoder", *room, ("text_encoder_2", "meta"), "text_encoder_2",
+                   "text_encoder", ("text_encoder", "cpu"), ("text_encoder_2", "cpu"), "come back", "transformer",
+                   "come back", "transformer", *room, ("vae", "meta"), "vae", ("vae", "cpu")]
     log.clear()
     guests.undo()
     assert {part: str(device) for part, device in log} == dict.fromkeys(list(parts)[:4], "cpu")
@@ -70,10 +74,18 @@ def test_a_pipeline_gives_the_same_pictures() -> None:
     nq.quantize(pipe, components={"transformer": QUICK, "text_encoder_2": "w4a16-int4"})
     call["output_type"] = "np"
     expected = picture(pipe, call)
-    nq.offload(pipe, vram=least(pipe.transformer), device="cpu")
+    nq.offload(pipe, vram=least(pipe.transformer) + 300_000, device="cpu")
+    streaming = vars(pipe.transformer)["nunchaku_offload"]
+    assert streaming.plan.resident and len(streaming.plan.streamed) > 2
+    streaming.budget = streaming.plan.nbytes  # no guest fits beside it
+    parked: list[bool] = []
+    for part in (pipe.text_encoder_2, pipe.transformer.transformer_blocks[0]):
+        part.register_forward_hook(lambda *_: parked.append(streaming.parked))
     for _ in range(2):
-        assert (picture(pipe, call) == expected).all()
-    assert "blocks stay on cpu" in str(nq.explain(pipe))
+        assert (picture(pipe, call) == expected).all() and streaming.parked  # by the VAE
+        assert parked == [True, False, False]
+        parked.clear()
+    assert "blocks stay on cpu" in str(nq.explain(pipe)) and not streaming.parked
     pipe.to("cpu")
     nq.offload(pipe, None)
     assert (picture(pipe, call) == expected).all()

@@ -43,6 +43,7 @@ def test_plans_fit_and_take_as_many_blocks_as_do(sizes: list[int]) -> None:
 
 def test_resident_blocks_lie_among_the_streamed_ones() -> None:
     assert choose([1] * 9, 0, 5, "vram").resident == (0, 3, 6)
+    assert choose([9, 9, 1, 1], 0, 19, "vram").resident == (2,)
 
 
 def test_a_budget_that_is_too_small_says_which_is_not() -> None:

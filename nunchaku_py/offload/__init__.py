@@ -46,9 +46,8 @@ def offload(target: Any, vram: Size | None = None, ram: Size | None = None,
         share = budget // len(models)
         vars(model)[ATTRIBUTE] = Streaming(model, share, device) if ram is None else Paging(model, share)
     if not isinstance(target, nn.Module):
-        place = None if ram is not None else vars(models[0])[ATTRIBUTE].device
-        vars(target)[ATTRIBUTE] = Guests(target, models, place)
-        _check_place(target, place)
+        vars(target)[ATTRIBUTE] = guests = Guests(target, [vars(model)[ATTRIBUTE] for model in models])
+        _check_place(target, guests.device)
 
 
 def offload_lines(models: list[nn.Module]) -> list[str]:

@@ -29,18 +29,18 @@ class Block:
     @torch.no_grad()
     def pack(self) -> int:
         """Bring it to the device and derive what its linears want there; how many bytes that is."""
-        move(self._held(), self.berth.device)
+        move(self.held(), self.berth.device)
         self.berth.away = False
         for site in self._sites():
             site.berth = self.berth
             site.pack()
-        return Layout([held.tensor for held in self._held()]).nbytes
+        return Layout([held.tensor for held in self.held()]).nbytes
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def store(self, memory: Tensor | None = None) -> None:
         """Take what its modules hold now to host memory, from wherever it is."""
-        self.tensors = self._held()
+        self.tensors = self.held()
         index = {id(held.tensor): number for number, held in enumerate(self.tensors)}
         self.order = [index[id(tensor)] for tensor in self._found()]
         self.layout = Layout([held.tensor for held in self.tensors])
@@ -69,6 +69,9 @@ class Block:
         self.berth.away = False
         self.bound = self._version(buffer)
 
+    def forget_buffers(self) -> None:
+        self.views = {-1: self.views[-1]} if self.views else {}
+
     def source(self) -> Tensor:
         """What is to be copied now."""
         self.copied = self._version(self.host)
@@ -86,7 +89,7 @@ class Block:
 
     def give_back(self, home: torch.device) -> None:
         """Into memory of its own."""
-        for held in self._held():
+        for held in self.held():
             held.put(held.tensor.detach().to(home, copy=True))
 
     def _put(self, buffer: int) -> None:
@@ -110,7 +113,7 @@ class Block:
     def _found(self) -> list[Tensor]:
         return [tensor for tensor in tensors_of(self.module.modules()) if id(tensor) not in self.shared]
 
-    def _held(self) -> list[Held]:
+    def held(self) -> list[Held]:
         return held_by(self.module.modules(), self.shared)
 
     def _sites(self) -> list[QuantizedSite]:

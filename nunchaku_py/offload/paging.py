@@ -19,6 +19,8 @@ from .hook import Hook, NotCopied
 class Paging(NotCopied):
     """What `nq.offload(model, ram=…)` makes of a model, until `undo`."""
 
+    device = None  # it stays where it is
+
     def __init__(self, model: nn.Module, budget: int) -> None:
         self.model, self.budget = model, budget
         self.handles: list[Any] = []

@@ -20,6 +20,8 @@ from .lanes import device_of, host_memory, lanes_on
 from .schedule import Schedule
 from .tensors import Held, held_by, move, nbytes_on_gpu
 
+CPU = torch.device("cpu")
+
 
 class Streaming(NotCopied):
     """What `nq.offload(model, vram=…)` makes of a model, until `undo`."""
@@ -35,26 +37,29 @@ class Streaming(NotCopied):
                        for number, (name, block) in enumerate(named.items())]
         self.buffers: list[Tensor] = []
         self.inside: tuple[int, int] | None = None  # the block that computes, its buffer
+        self.parked = False  # whether it has made room for another model
         self.handles: list[Any] = []
         self.lanes = lanes_on(self.device, self._copy)
         try:
-            self.plan = self._place()
+            self.plan, sizes = self._place()
+            self.schedule = Schedule(self.lanes, self.plan.streamed)
+            self._fill(sizes)
         except BaseException:  # it may not fit: nothing is left half moved
             self.undo()
             raise
-        self.schedule = Schedule(self.lanes, self.plan.streamed)
         self._attach()
 
     # ---------------------------------------------------------------------------------------------------------- placing
-    def _place(self) -> Plan:
-        """Pack everything on the device once, one block at a time; leave there what stays."""
+    def _place(self) -> tuple[Plan, list[int]]:
+        """Pack everything on the device once, one block at a time; what is outside the blocks stays there. Then it is
+        known how large they are there."""
         common = _in_several(self.model, [block.module for block in self.blocks])
         move(common, self.device)
         self.shared.update(id(held.tensor) for held in common)
         sizes = []
         for block in self.blocks:
             sizes.append(block.pack())
-            move(block._held(), torch.device("cpu"))
+            move(block.held(), CPU)
             block.berth.away = True
         rest = self._rest()
         berth = Berth(self.device)
@@ -63,14 +68,15 @@ class Streaming(NotCopied):
             if isinstance(module, QuantizedSite) and module.berth is None:
                 module.berth = berth
                 module.pack()
-        plan = choose(sizes, nbytes_on_gpu(self._rest()), self.budget, "vram")
-        for number in plan.resident:
+        return choose(sizes, nbytes_on_gpu(self._rest()), self.budget, "vram"), sizes
+
+    def _fill(self, sizes: list[int]) -> None:
+        for number in self.plan.resident:
             self.blocks[number].pack()
-        streamed = [self.blocks[number] for number in plan.streamed]
-        for block, memory in zip(streamed, host_memory([sizes[i] for i in plan.streamed], self.device), strict=True):
-            block.store(memory)
-        self._make_buffers(max((sizes[i] for i in plan.streamed), default=0))
-        return plan
+        memories = host_memory([sizes[number] for number in self.plan.streamed], self.device)
+        for number, memory in zip(self.plan.streamed, memories, strict=True):
+            self.blocks[number].store(memory)
+        self._make_buffers(max((sizes[number] for number in self.plan.streamed), default=0))
 
     def _rest(self) -> list[Held]:
         inside = {id(module) for block in self.blocks for module in block.module.modules()}
@@ -80,7 +86,11 @@ class Streaming(NotCopied):
         return [held for held in everything if id(held.tensor) in rest or id(held.tensor) in self.shared]
 
     def _make_buffers(self, nbytes: int) -> None:
+        """Two of so many bytes, in the place of those that there are."""
         self.lanes.finish()
+        for number in self.plan.streamed:
+            self.schedule.forget(number)
+            self.blocks[number].forget_buffers()
         self.buffers = []
         with torch.inference_mode(False):
             for _ in range(2 if nbytes else 0):
@@ -121,16 +131,34 @@ class Streaming(NotCopied):
         self.schedule.leave(slot)
 
     def visit(self, number: int, entering: bool) -> None:
-        (self.enter if entering else self.leave)(number)
+        """A block is looked at outside of a call."""
+        self.come_back()
+        if number in self.plan.streamed:
+            (self.enter if entering else self.leave)(number)
+
+    def make_room(self) -> None:
+        """All blocks leave the device until `come_back`: another model of the pipeline needs it."""
+        if self.parked:
+            return
+        self.parked = True
+        self._make_buffers(0)
+        for number in self.plan.resident:
+            block = self.blocks[number]
+            move(block.held(), CPU)
+            block.berth.away = True
+
+    def come_back(self) -> None:
+        if self.parked:
+            self.parked = False
+            for number in self.plan.resident:
+                self.blocks[number].pack()
+            self._make_buffers(max((self.blocks[number].layout.nbytes for number in self.plan.streamed), default=0))
 
     def _restore(self, number: int) -> None:
         block = self.blocks[number]
         block.restore()
         self.schedule.forget(number)
         if block.layout.nbytes > self.buffers[0].numel():  # adapters have been loaded
-            for other in self.plan.streamed:
-                self.schedule.forget(other)
-                self.blocks[other].views = {-1: self.blocks[other].views[-1]}
             self._make_buffers(block.layout.nbytes)
 
     def _copy(self, number: int, slot: int) -> tuple[Tensor, Tensor]:

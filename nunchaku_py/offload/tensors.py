@@ -51,6 +51,8 @@ def held_by(modules: Iterable[nn.Module], without: Container[int] = ()) -> list[
     return list(found.values())
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def move(held: Iterable[Held], device: torch.device) -> None:
     for one in held:
         one.put(one.tensor.detach().to(device))
