@@ -1,7 +1,10 @@
 """What tests of offloading share."""
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from torch import nn
 
 import nunchaku_py as nq
@@ -24,3 +27,7 @@ def streamed(model: nn.Module, more: int = 0) -> nn.Module:
     """On the CPU, in the least memory that works and so much more."""
     nq.offload(model, vram=least(model) + more, device="cpu")
     return model
+
+
+def picture(pipe: Any, call: dict) -> Any:
+    return pipe(**{**call, "generator": torch.Generator().manual_seed(0)}).images

@@ -23,8 +23,7 @@ from tests.checks import QUICK, QUICK_NVFP4, differences, run, same_bits, state_
 from tests.fuzz_seeds import ours_text, peer_text
 from tests.lora.toys import quantized as quantized_names
 from tests.lora.toys import toy
-from tests.offloading import refused
-from tests.test_offload_pipelines import picture
+from tests.offloading import picture, refused
 from tests.test_tensor_file import every_dtype
 from tests.tiny import MODELS, PIPELINES
 

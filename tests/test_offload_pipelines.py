@@ -16,7 +16,7 @@ from nunchaku_py.offload.guests import Guests
 from tests.checks import QUICK, differences, run, same_bits, state_of
 from tests.lora.toys import quantized as quantized_names
 from tests.lora.toys import toy
-from tests.offloading import least
+from tests.offloading import least, picture
 from tests.tiny import PIPELINES
 
 
@@ -63,10 +63,6 @@ def test_guests_come_when_they_are_called(more: int) -> None:
         part()
     parts["vae"].encode()
     assert log == [*parts, "vae"]
-
-
-def picture(pipe: Any, call: dict) -> Any:
-    return pipe(**{**call, "generator": torch.Generator().manual_seed(0)}).images
 
 
 def test_a_pipeline_gives_the_same_pictures() -> None:

@@ -13,6 +13,7 @@ from ..linear import QuantizedSite
 from ..models.discover import blocks_of
 from ..models.pattern import pattern_of
 from ..module_tools import Berth
+from ..progress import Progress
 from .block import Block
 from .budget import Plan, choose, shown
 from .hook import UNDO, Hook, NotCopied
@@ -57,10 +58,13 @@ class Streaming(NotCopied):
         move(common, self.device)
         self.shared.update(id(held.tensor) for held in common)
         sizes = []
-        for block in self.blocks:
-            sizes.append(block.pack())
-            move(block.held(), CPU)
-            block.berth.away = True
+        with Progress(len(self.blocks), "pack blocks") as progress:
+            for block in self.blocks:
+                progress.say(block.name)
+                sizes.append(block.pack())
+                move(block.held(), CPU)
+                block.berth.away = True
+                progress.advance(1)
         rest = self._rest()
         berth = Berth(self.device)
         move(rest, self.device)
@@ -107,8 +111,7 @@ class Streaming(NotCopied):
     # -------------------------------------------------------------------------------------------------------- computing
     def enter(self, number: int) -> None:
         """The block is about to compute."""
-        if self.inside is not None:  # an interruption kept it from being left
-            self.leave(self.inside[0])
+        self._leave_interrupted()
         block = self.blocks[number]
         if block.changed_away():
             self._restore(number)
@@ -130,6 +133,11 @@ class Streaming(NotCopied):
             block.put_away()
         self.schedule.leave(slot)
 
+    def _leave_interrupted(self) -> None:
+        """Ctrl-C kept a block from being left."""
+        if self.inside is not None:
+            self.leave(self.inside[0])
+
     def visit(self, number: int, entering: bool) -> None:
         """A block is looked at outside of a call."""
         self.come_back()
@@ -140,6 +148,7 @@ class Streaming(NotCopied):
         """All blocks leave the device until `come_back`: another model of the pipeline needs it."""
         if self.parked:
             return
+        self._leave_interrupted()
         self.parked = True
         self._make_buffers(0)
         for number in self.plan.resident:
