@@ -163,14 +163,15 @@ def step(args: argparse.Namespace) -> None:
     """Load and run the checkpoint in this process, which has done nothing else."""
     torch.set_num_threads(args.threads)
     before, started = memory(), time.monotonic()
-    model = nq.load(args.folder, mode=args.mode)
+    model = nq.load(args.folder, mode=args.mode, mmap=args.mmap or args.ram is not None)
+    nq.offload(model, ram=args.ram)
     loaded, seconds = memory(), time.monotonic() - started
     print(f"loaded in {seconds:.1f} s: {gigabytes(loaded)} (imports alone: {gigabytes(before)})", flush=True)
     print(nq.explain(model), flush=True)
     times = list(steps(model, args))
     after = memory()
     row = Row(**machine.provenance(), isa=machine.our_isa(), op="step" if times else "load",
-              contender=f"{OURS} {args.mode}", note=(
+              contender=f"{OURS} {args.mode}{' mapped' if args.mmap or args.ram else ''}", note=(
         f"load {seconds:.1f} s; after it {gigabytes(loaded)}; the imports alone {gigabytes(before)}"),
         shape=f"FLUX.1 transformer, {len(model.transformer_blocks)} + {len(model.single_transformer_blocks)} blocks",
         m=args.tokens + TEXT if times else "", peak_bytes=after["VmHWM"], version=installed("diffusers"),
@@ -225,6 +226,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("auto", "a4", "a8", "a16"), default="auto", help="step")
     parser.add_argument("--tokens", type=int, default=1024, help="step: of the image; 1024 are 512×512")
     parser.add_argument("--steps", type=int, default=2, help="step: how many, 0: load only")
+    parser.add_argument("--mmap", action="store_true", help="step: map the weights by nq.load(..., mmap=True)")
+    parser.add_argument("--ram", help="step: map them, and let so much of them be in the process's memory, as '4GB'")
     parser.add_argument("--out", type=Path, help="step: CSV that the row is added to")
     args = parser.parse_args(argv)
     if args.quick:

@@ -22,6 +22,7 @@ _PUBLIC = {
     "SVDQuantConfig": "diffusers_hook", "QuantLinear": "linear", "NunchakuError": "errors", "explain": "explain",
     "cache_modulation": "tables",
     "backend": "ops.registry", "set_nunchaku_lite": "lite_choice",
+    "offload": "offload",
     "reserve_lora": "lora.room", "compress_lora": "lora.room", "refresh_lora": "lora.room",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import ops
 from .fusion import class_path
 from .linear import LINEAR_OPS, QuantizedInput, QuantizedSite
+from .module_tools import used_on
 from .ops.spec import MMA, Activation, ActSpec, LinearSpec
 
 NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -101,7 +102,7 @@ def no_modulation(site: QuantizedSite) -> str | None:
 
 
 def _not_native(plain: ops.Op, fused: ops.Op, site: QuantizedSite) -> str | None:
-    for name in NATIVE.get(site.codes.device.type, ()):
+    for name in NATIVE.get(used_on(site).type, ()):
         if name in plain.backends and name not in fused.backends:
             return f"{fused.name} is not built for {name}, which {plain.name} is"
     return None

@@ -18,7 +18,8 @@ from .fusion import modules_of
 from .linear import QuantizedSite
 from .mode_lines import mode_lines
 from .models.pattern import pattern_of
-from .module_tools import adapted_layers
+from .module_tools import adapted_layers, in_place, used_on
+from .offload import offload_lines
 from .report import fold_lines
 from .swap import quantized_components, quantized_sites
 from .tables import table_lines
@@ -54,12 +55,13 @@ class PatternUse:
 
 
 class Explanations(list[Explanation]):
-    """A list that prints one sentence a line, those of modes and of the fold before it; then those of the patterns, of
-    the adapters that are on, of modulation tables, and of attention where it is set to a backend of ours. folds: what
-    folding to INT8 changes in each weight that is made for 4-bit activations, relative to it; of several models with
-    the component's name in front."""
+    """A list that prints one sentence a line, those of modes, offloading and the fold before it; then those of the
+    patterns, of the adapters that are on, of modulation tables, and of attention where it is set to a backend of ours.
+    folds: what folding to INT8 changes in each weight that is made for 4-bit activations, relative to it; of several
+    models with the component's name in front."""
 
     modes: list[str]
+    offload: list[str]
     folds: dict[str, float]
     patterns: list[PatternUse]
     adapters: list[str]
@@ -68,8 +70,8 @@ class Explanations(list[Explanation]):
 
     def __str__(self) -> str:
         fold = fold_lines(list(self.folds.values()))
-        return "\n".join(map(str, [*self.modes, *fold, *self, *self.patterns, *self.adapters, *self.tables,
-                                   *self.attention]))
+        return "\n".join(map(str, [*self.modes, *self.offload, *fold, *self, *self.patterns, *self.adapters,
+                                   *self.tables, *self.attention]))
 
 
 @torch.no_grad()
@@ -79,17 +81,20 @@ def explain(target: object, rows: int = 64) -> Explanations:
     components = quantized_components(target)
     models = list(components.values())
     for site in (site for model in models for site in quantized_sites(model)):
-        if not site.has_data():
-            raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove offloading")
-        site.pack()
+        with in_place(site):
+            if not site.has_data():
+                raise NunchakuError("explain: the model has no weights here (meta device); load it, or remove "
+                                    "offloading")
+            site.pack()
         if site.table is not None and site.table.is_away(site):  # it runs on another device than where it is now
             continue
-        key = (site.linear_spec.token, site.rows_out, site.site.rank, str(site.codes.device))
+        key = (site.linear_spec.token, site.rows_out, site.site.rank, str(used_on(site)))
         kinds.setdefault(key, []).append(site)
     found = Explanations()
     for sites in kinds.values():
-        found += _explain_site(sites[0], len(sites), rows)
-    found.modes = mode_lines(models)
+        with in_place(sites[0]):
+            found += _explain_site(sites[0], len(sites), rows)
+    found.modes, found.offload = mode_lines(models), offload_lines(models)
     found.folds = {(f"{component}.{name}" if len(models) > 1 else name): error
                    for component, model in components.items() for name, error in fold_errors(model).items()}
     found.patterns, found.adapters = _explain_patterns(models), _explain_adapters(models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 from torch import nn
 from torch.linalg import vector_norm
 
+from .checkpoint.mapping import release
 from .methods.error import rows_of
 from .swap import QuantizedSite
 from .tensor import QTensor
@@ -22,5 +23,9 @@ def fold_error(weight: QTensor) -> float:
 
 def fold_errors(model: nn.Module) -> dict[str, float]:
     """Name → fold_error of every site of a model that is made for 4-bit activations, in whatever mode it runs."""
-    return {name: fold_error(site.qtensor()) for name, site in model.named_modules()
-            if isinstance(site, QuantizedSite) and site.site.kind == "w4a4"}
+    found = {}
+    for name, site in model.named_modules():
+        if isinstance(site, QuantizedSite) and site.site.kind == "w4a4":
+            found[name] = fold_error(site.qtensor())
+            release(site.parameters())
+    return found

@@ -19,7 +19,7 @@ from .errors import NunchakuError
 from .gradient import StraightThrough, wants_gradient
 from .input_key import InputKey, digest_of, input_key
 from .lora.branch import Adapter, Columns, InputGroup, Room, own_columns
-from .module_tools import data_of, dtype_name, filled, is_offloaded, move_only, nothing
+from .module_tools import Berth, data_of, dtype_name, filled, is_offloaded, move_only, nothing, used_on
 from .precision import as_autocast, without_autocast
 from .site import (
     MODES,
@@ -46,6 +46,7 @@ class QuantizedSite(nn.Module):
 
     is_nunchaku_quantized = True
     _is_hf_initialized = True
+    berth: Berth | None = None  # given by nq.offload
 
     def _declare(self, site: Site, n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
         self.site, self.rows_out, self.rows_in = site, n, k
@@ -100,7 +101,7 @@ class QuantizedSite(nn.Module):
     @property
     def mode(self) -> Mode:  # what the site runs in, on the device where it is
         if self.site.kind == "w4a16" or self.requested_mode == "auto":
-            return auto_mode(self.site, self.codes.device)
+            return auto_mode(self.site, used_on(self))
         return self.requested_mode
 
     def set_mode(self, mode: str, now: bool = True) -> None:
@@ -122,8 +123,8 @@ class QuantizedSite(nn.Module):
             self.pack()
 
     def has_data(self) -> bool:
-        """False on the meta device, where offloading leaves the tensors between calls."""
-        return not any(p.is_meta for p in self._parameters.values() if p is not None)
+        """False on the meta device, and in host memory, where offloading leaves the tensors between calls."""
+        return not (self.berth and self.berth.away or any(p.is_meta for p in self.parameters(recurse=False)))
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -148,11 +149,11 @@ class QuantizedSite(nn.Module):
         self.input_key = self._input_key()
 
     def _wanted(self) -> Packing:
-        return Packing(mode := self.mode, self._residency(mode), self.codes.device.type, self._packing_dtype(mode))
+        return Packing(mode := self.mode, self._residency(mode), used_on(self).type, self._packing_dtype(mode))
 
     def _packing_dtype(self, mode: Mode) -> torch.dtype | None:
         """The CUDA kernels of a4 want their scales in the type of the rows; those of a8 have no float32."""
-        if mode == "a16" or not cuda.asked_for(self.codes.device):
+        if mode == "a16" or not cuda.asked_for(used_on(self)):
             return None
         dtype = self._row_dtype()
         return dtype if mode == "a4" or dtype == torch.float32 else None
@@ -161,8 +162,7 @@ class QuantizedSite(nn.Module):
         return self.row_dtype or self.compute_dtype
 
     def _residency(self, mode: Mode) -> Residency:
-        """Weights stay 4 bits where the kernels take them as they are, or fold them as fast as they read them; on a GPU
-        also where INT8 would be too much to hold or to move."""
+        """4 bits where kernels take them as they are, or fold them as they read; on a GPU also where INT8 is too much."""
         if mode == "a4" and self.why_not_mma() is None:
             return "mma"
         scaled = self.site.linear_spec(mode, self.rows_in, "scaled")
@@ -200,7 +200,7 @@ class QuantizedSite(nn.Module):
         here, looks = self.packed, not torch.compiler.is_compiling()
         if looks and dtype not in (None, self.row_dtype):
             self.row_dtype = dtype
-        stale = here is None or here.device != self.codes.device.type
+        stale = here is None or here.device != used_on(self).type
         if not stale and (looks or here.dtype):  # a compiler cannot look who is asked for; without a dtype it suits all
             stale = here.dtype != self._packing_dtype(here.mode)
         if stale or (self.folded_codes is not None and is_offloaded(self)):

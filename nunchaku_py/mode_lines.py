@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .module_tools import used_on
 from .site import auto_mode
 from .swap import QuantizedSite, quantized_sites
 
@@ -20,7 +21,7 @@ def mode_lines(models: Iterable[nn.Module]) -> list[str]:
     counts: dict[str, Counter[str]] = {}
     asked: dict[str, set[str]] = {}
     for site in (site for model in models for site in quantized_sites(model)):
-        device = str(site.codes.device)
+        device = str(used_on(site))
         counts.setdefault(device, Counter())[f"{site.mode} ({_weights(site)})"] += 1
         if site.site.kind == "w4a4":
             asked.setdefault(device, set()).add(site.requested_mode)

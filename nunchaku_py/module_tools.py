@@ -1,15 +1,49 @@
 """What modules that stand for others need: moving without casting, filling, and whether they are being offloaded."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+@dataclass
+class Berth:
+    """Where nq.offload lets a module compute; away: its tensors are not there between calls of its block."""
+
+    device: torch.device
+    visit: Callable[[int, bool], None] | None = None
+    number: int = 0  # of the block
+    away: bool = False
+
+
+def used_on(module: Any) -> torch.device:
+    """Where a quantized linear computes, also while its tensors are away."""
+    return module.codes.device if module.berth is None else module.berth.device
+
+
+@contextmanager
+def in_place(module: Any) -> Iterator[None]:
+    """Within it the tensors of a quantized linear are where it computes."""
+    berth = module.berth
+    if berth is None or not berth.away:
+        yield
+        return
+    berth.visit(berth.number, True)
+    try:
+        yield
+    finally:
+        berth.visit(berth.number, False)
+
+
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate takes the tensors away between calls: folded weights would stay behind."""
+    """Whether the tensors are taken away between calls, by accelerate or by us: folded weights would stay behind, or
+    be too much to move."""
+    if getattr(module, "berth", None) is not None:
+        return True
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 

@@ -47,20 +47,25 @@ def save(model: Any, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | None = None) -> Any:
+def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | None = None, mmap: bool = False) -> Any:
     """Read what `save` wrote, a model or pipeline folder or a single file; or one of Nunchaku's. Returns the ordinary
-    class of diffusers or transformers."""
+    class of diffusers or transformers. mmap=True: the weights stay in the file, mapped into memory, which must be one
+    of ours; `nq.offload(model, ram=…)` then bounds how much of it counts as memory of the process."""
     path = Path(path)
     if mode != "auto" and mode not in MODES:
         raise NunchakuError(f"mode: expected 'auto', 'a4', 'a8' or 'a16', got {mode!r}")
+    if not path.exists():
+        raise NunchakuError(f"{path}: no such file or folder")
+    if mmap:
+        from .mapped import load_mapped
+
+        return load_mapped(path, mode, dtype)
     if path.is_file():
         return (read_nunchaku if is_nunchaku(path) else _read_single)(path, mode, dtype)
-    if not path.is_dir():
-        raise NunchakuError(f"{path}: no such file or folder")
     for file in sorted(path.rglob("*.safetensors")):
         read_header(file)
     if (path / "model_index.json").is_file():
-        return _read_pipeline(path, mode, dtype)
+        return read_pipeline(path, mode, dtype)
     if is_nunchaku(path):
         return read_nunchaku(path, mode, dtype)
     return _read_folder(path, mode, dtype)
@@ -68,31 +73,38 @@ def load(path: str | os.PathLike[str], mode: str = "auto", dtype: torch.dtype | 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def _read_folder(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
+    config = folder_config(path)
+    with always_ours():
+        return _in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
+
+
+def folder_config(path: Path) -> dict[str, Any]:
+    """The config of a quantized model's folder, which is there with its files."""
     if not (path / "config.json").is_file():
         raise NunchakuError(f"{path}: neither a pipeline (model_index.json) nor a model (config.json)")
     config = read_json(path / "config.json")
-    quantization = _quantization_in(config)
+    quantization = quantization_in(config)
     if quantization.get("quant_method") not in (QUANT_METHOD, LITE):
         raise NunchakuError(f"{path}/config.json: has no quantization_config of ours "
                             f"(quant_method is {quantization.get('quant_method')!r})")
     if not any(path.glob("*.safetensors")):
         raise NunchakuError(f"{path}: holds no safetensors files, and nothing else is read")
-    with always_ours():
-        return _in_mode(_from_pretrained(model_class(config, str(path)), path, dtype), mode)
+    return config
 
 
-def _read_pipeline(path: Path, mode: str, dtype: torch.dtype | None) -> Any:
+def read_pipeline(path: Path, mode: str, dtype: torch.dtype | None, **read: nn.Module) -> Any:
+    """read: components that have been read."""
     from diffusers import DiffusionPipeline
 
     with always_ours():
-        pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path))
+        pipe = _from_pretrained(DiffusionPipeline, path, dtype or _dtype_of_pipeline(path), **read)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             _in_mode(component, mode)
     return pipe
 
 
-def _quantization_in(config: dict[str, Any]) -> dict[str, Any]:
+def quantization_in(config: dict[str, Any]) -> dict[str, Any]:
     """Empty where there is none, or what is no table."""
     found = config.get("quantization_config")
     return found if isinstance(found, dict) else {}
@@ -101,7 +113,7 @@ def _quantization_in(config: dict[str, Any]) -> dict[str, Any]:
 def _dtype_of_pipeline(path: Path) -> torch.dtype | None:
     """What the quantized model of a pipeline was in; diffusers would load the other models in fp32."""
     for file in sorted(path.glob("*/config.json")):
-        quantization = _quantization_in(read_json(file))
+        quantization = quantization_in(read_json(file))
         field = {QUANT_METHOD: "model_dtype", LITE: "compute_dtype"}.get(str(quantization.get("quant_method")))
         found = getattr(torch, str(quantization.get(field)), None)
         if isinstance(found, torch.dtype):
@@ -117,10 +129,10 @@ def dtype_argument(dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     return {} if dtype is None else {"torch_dtype" if old else "dtype": dtype}
 
 
-def _from_pretrained(cls: Any, path: Path, dtype: torch.dtype | None) -> Any:
+def _from_pretrained(cls: Any, path: Path, dtype: torch.dtype | None, **more: Any) -> Any:
     """diffusers' or transformers' own reader; its refusals become sentences that name the folder."""
     try:
-        return cls.from_pretrained(path, **dtype_argument(dtype))
+        return cls.from_pretrained(path, **dtype_argument(dtype), **more)
     except Exception as error:  # of a damaged config they expect anything to be as they wrote it
         named = isinstance(error, NunchakuError) and str(path) in str(error)
         raise error if named else NunchakuError(f"{path}: {error}") from error
@@ -136,17 +148,24 @@ def _in_mode(model: nn.Module, mode: str) -> nn.Module:
 
 def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     with TensorFile(path) as file:
-        config = _config_of(file.metadata, path)
-        shared = _shared_of(file, path)
-        manifest = Manifest.from_json(config["quantization_config"], str(path))
-        stored = sum(tensor.nbytes for tensor in file.tensors.values())
-        model = empty_model(config, len(file.tensors) + len(shared), stored, str(path))
-        manifest.install(model, file.names(), str(path))
-        check_keys(model, [*file.names(), *shared], str(path))
-        wanted = set(model.state_dict())  # a model may allow tensors that it does not have
-        for name in file.names():
-            if name in wanted:
-                put(model, name, file.read(name), dtype, str(path))
+        config = config_of(file.metadata, path)
+        return fill_model(config, file, shared_of(file, path), file.read, path, mode, dtype)
+
+
+def fill_model(config: dict[str, Any], file: TensorFile, shared: dict[str, str] | None,
+               read: Callable[[str], torch.Tensor], path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a config with the tensors that `read` gives. shared: second name → first name of those that the file
+    holds once; None: those that the model itself ties."""
+    manifest = Manifest.from_json(config["quantization_config"], str(path))
+    stored = sum(tensor.nbytes for tensor in file.tensors.values())
+    model = empty_model(config, len(file.tensors) + len(shared or ()), stored, str(path))
+    manifest.install(model, file.names(), str(path))
+    shared = _tied(model, file) if shared is None else shared
+    check_keys(model, [*file.names(), *shared], str(path))
+    wanted = set(model.state_dict())  # a model may allow tensors that it does not have
+    for name in file.names():
+        if name in wanted:
+            put(model, name, read(name), dtype, str(path))
     for second, first in shared.items():
         _share(model, first, second, str(path))
     set_compute_dtype(model, dtype)
@@ -155,7 +174,16 @@ def _read_single(path: Path, mode: str, dtype: torch.dtype | None) -> nn.Module:
     return model.eval()
 
 
-def _config_of(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+def _tied(model: nn.Module, file: TensorFile) -> dict[str, str]:
+    """Second name → first name of tensors that an empty model holds under both, and the file under the first."""
+    if hasattr(model, "tie_weights"):  # transformers'
+        model.tie_weights()
+    state = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in state.items() if name in file}
+    return {name: first[id(tensor)] for name, tensor in state.items() if name not in file and id(tensor) in first}
+
+
+def config_of(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     config = _json_in(metadata, "config", path)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
@@ -163,7 +191,7 @@ def _config_of(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     return config
 
 
-def _shared_of(file: TensorFile, path: Path) -> dict[str, str]:
+def shared_of(file: TensorFile, path: Path) -> dict[str, str]:
     """Second name → first name of tensors that the file holds once."""
     shared = _json_in(file.metadata, "shared", path)
     for second, first in shared.items():

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import NunchakuError
 from .headers import DTYPE_BITS, LONGEST, METADATA, TensorHeader, read_header, shown
+from .mapping import MappedFile, map_file
 
 PathLike = str | os.PathLike[str]
 Layout = Mapping[str, tuple[Iterable[int], torch.dtype]]  # name → (shape, dtype)
@@ -32,7 +33,7 @@ class TensorFile:
 
     label: for sentences. tensors: what their headers say, by name. metadata: of all; where two disagree, of the first.
     `read` copies a tensor into memory of its own: pages of a mapped file would count as the process's beside what is
-    made of them, and lie where the file puts them rather than where torch aligns what it allocates."""
+    made of them, and lie where the file puts them rather than where torch aligns what it allocates. `view` maps."""
 
     def __init__(self, paths: PathLike | Iterable[PathLike]) -> None:
         files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
@@ -42,6 +43,7 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self._path_of: dict[str, Path] = {}
         self._files: dict[Path, IO[bytes]] = {}
+        self._mappings: dict[Path, MappedFile] = {}
         for path in self.paths:
             header = read_header(path)
             for name, tensor in header.tensors.items():
@@ -61,6 +63,7 @@ class TensorFile:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        self._mappings.clear()  # tensors in them keep them
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
@@ -74,15 +77,11 @@ class TensorFile:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A tensor in memory of its own; of its first axis only `rows`, (first, last + 1), where they are given."""
-        if name not in self.tensors:
-            raise NunchakuError(f"{self.label}: holds no tensor {shown(name)}")
-        path, entry = self._path_of[name], self.tensors[name]
+        path, entry, dtype = self._find(name)
         label = f"{path}: {shown(name)}"
-        if entry.dtype not in DTYPES:
-            raise NunchakuError(f"{label}: dtype {shown(entry.dtype)} is not one that this release reads")
         try:
             shape = entry.shape if rows is None else (rows[1] - rows[0], *entry.shape[1:])
-            tensor = torch.empty(shape, dtype=DTYPES[entry.dtype], device="cpu")  # whatever torch's default is
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default is
         except RuntimeError as error:
             raise NunchakuError(f"{label}: there is no memory for its {entry.nbytes} bytes") from error
         try:
@@ -94,6 +93,22 @@ class TensorFile:
         if missing:
             raise NunchakuError(f"{label}: cut short: {missing} of its {len(memory)} bytes are missing")
         return tensor
+
+    def view(self, name: str) -> torch.Tensor:
+        """A tensor that is memory of the mapped file; or one of its own, where it lies askew for its type."""
+        path, entry, dtype = self._find(name)
+        if path not in self._mappings:
+            self._mappings[path] = map_file(path)
+        found = self._mappings[path].view(entry, dtype)
+        return self.read(name) if found is None else found
+
+    def _find(self, name: str) -> tuple[Path, TensorHeader, torch.dtype]:
+        if name not in self.tensors:
+            raise NunchakuError(f"{self.label}: holds no tensor {shown(name)}")
+        path, entry = self._path_of[name], self.tensors[name]
+        if entry.dtype not in DTYPES:
+            raise NunchakuError(f"{path}: {shown(name)}: dtype {shown(entry.dtype)} is not one that this release reads")
+        return path, entry, DTYPES[entry.dtype]
 
     def _fill(self, memory: memoryview, path: Path, start: int) -> int:
         """How many bytes the file lacks."""

@@ -11,8 +11,9 @@ from torch import nn
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
 from ..split_linear import SplitLinear
-from ..swap import prepare, quantized_sites
+from ..swap import prepare
 from .headers import read_header, shown
+from .mapping import release
 
 _MUST_BE_FINITE = ("scales", "zeros", "channel_scale", "smooth", "down", "up", "bias", "divisor")
 _SHOWN = 3
@@ -42,19 +43,20 @@ def check_keys(model: nn.Module, keys: Iterable[str], source: str) -> None:
 
 def check_loaded(model: nn.Module, source: str, mode: str = "auto") -> None:
     """After loading: nothing is left on the meta device, what the ops divide or multiply by is finite; then pack,
-    unless there is a GPU that the model will be moved to first."""
+    unless there is a GPU that the model will be moved to first. Of a mapped file one site at a time is in memory."""
     empty = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
     if empty:
         raise NunchakuError(f"{source}: {len(empty)} tensors are missing: {some(empty)}")
     for name, module in model.named_modules():
         if isinstance(module, QuantizedSite):
             check_finite(module, f"{source}: {name}")
+            module.set_mode(mode, now=module.codes.is_cuda or not torch.cuda.is_available())
+            release(module.parameters(recurse=False))
         elif isinstance(module, SplitLinear) and module.bias is not None:
             _check_finite(module.bias, f"{source}: {name}.bias")
-    for site in quantized_sites(model):
-        site.set_mode(mode, now=site.codes.is_cuda or not torch.cuda.is_available())
     prepare(model)
     _align(model)
+    release(model.parameters())
 
 
 def check_state(state: Mapping[str, torch.Tensor]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..division import as_given, as_read
+from ..module_tools import used_on
 from .compress import shrink
 
 Columns = tuple[tuple[int, int], ...]  # [start, stop) in h
@@ -244,7 +245,7 @@ def _padding(site: Any, own: int) -> int:
     """Ranks that are zero: of the room reserved, or up to what the kernels multiply at a time."""
     if room := site.adapter_room.reserved:
         return max(-own % room, room - own)
-    return -(site.site.rank + own) % CUDA_RANKS if own and site.codes.is_cuda else 0
+    return -(site.site.rank + own) % CUDA_RANKS if own and used_on(site).type == "cuda" else 0
 
 
 def _joined(spans: list[tuple[int, int]]) -> Columns:

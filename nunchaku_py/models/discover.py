@@ -79,12 +79,11 @@ def _outermost(model: nn.Module, wanted) -> dict[str, nn.Module]:
 
 
 def _with_linears(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Without blocks that hold no linear or are one (the zero projections of a ControlNet)."""
-    return {
-        name: block
-        for name, block in found.items()
-        if not is_linear(block) and any(is_linear(module) for module in block.modules())
-    }
+    """Without blocks that hold no linear, quantized or not, or are one (the zero projections of a ControlNet)."""
+    def counts(module: nn.Module) -> bool:
+        return is_linear(module) or getattr(module, "is_nunchaku_quantized", False)
+
+    return {name: block for name, block in found.items() if not counts(block) and any(map(counts, block.modules()))}
 
 
 def _ordered(found: dict[str, nn.Module], order: tuple[str, ...]) -> dict[str, nn.Module]:
