@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .error import noise_of, rounded
+from .error import noise_of, rounding_of
 from .lowrank import check_rank, first_factors
 from .work import Context, Work, round16, stage
 
@@ -48,12 +48,9 @@ def choose(work: Work, ctx: Context, score: Score) -> tuple[float, float]:
 
 def analytic(work: Work, ctx: Context) -> float:
     """J with the branch of one cheap SVD."""
-    noise, cost = noise_of(work, ctx), 0.0
+    noise = noise_of(work, ctx)
     branch(work, ctx, power=1)
-    for rows in work.chunks():
-        remainder = work.remainder(rows)
-        cost += noise.cost(rounded(remainder, work, ctx).sub_(remainder), remainder).item()
-    return cost
+    return torch.stack([rounding_of(work, ctx, rows, noise)[1] for rows in work.chunks()]).sum().item()
 
 
 def branch(work: Work, ctx: Context, power: int) -> None:
