@@ -13,7 +13,7 @@ from ..backends.triton import device as gpu
 from ..formats import Format
 from ..ops.registry import forced_backend
 
-TRITON_COLUMNS = 128  # that one call of the Triton kernel rounds
+TRITON_COLUMNS = 128  # COLUMNS of kernels/gptq.py, which imports Triton
 
 
 def sweep_columns(like: Tensor) -> int:
@@ -30,7 +30,7 @@ def sweep(columns: Tensor, errors: Tensor, upper: Tensor, step: Tensor, inverse:
 
     Rows of columns and errors lie apart as they like, but are whole."""
     upper, group = upper.contiguous(), group.contiguous()  # a Cholesky factor lies in columns
-    if columns.device.type != "cpu" or not _native(columns):
+    if not _native(columns):
         return gpu.kernels("gptq").sweep(columns, errors, upper, step, inverse, group, fmt)
     k, n = columns.shape
     native.module.sweep(n, k, columns.data_ptr(), columns.stride(0), errors.data_ptr(), errors.stride(0),
