@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+
 #include "build_info.h"  // written by setup.py: what was built, in a sentence
 #include "cpu/features.h"
 #include "cpu/isa.h"
@@ -99,6 +101,28 @@ void set_ending(LinearArguments& a, int ending, int activation, bool gate_first,
   a.gate_first = gate_first, a.gate = array(gate), a.samples = samples, a.residual = pointer<const void>(residual);
 }
 
+void sweep(std::int64_t n, std::int64_t k, Address columns, std::int64_t stride, Address errors,
+           std::int64_t error_stride, Address upper, std::int64_t upper_stride, Address step, Address inverse,
+           Address group, int format, int threads) {
+  if (k > sweep_columns) throw std::invalid_argument("sweep: too many columns for one call");
+  SweepArguments a;
+  a.n = n, a.k = k, a.columns = pointer<float>(columns), a.stride = stride, a.errors = pointer<float>(errors);
+  a.error_stride = error_stride, a.upper = pointer<const float>(upper), a.upper_stride = upper_stride;
+  a.step = pointer<const float>(step), a.inverse = pointer<const float>(inverse);
+  a.group = pointer<const std::int64_t>(group), a.format = static_cast<Format>(format), a.threads = threads;
+  current_isa().engine->sweep(a);
+}
+
+void round_rows(std::int64_t n, std::int64_t k, Address r, Operand weight, Address smooth, Address signal,
+                Address rounding, int format, std::int64_t group, int scales, Address cost, int threads) {
+  RoundArguments a;
+  a.n = n, a.k = k, a.r = pointer<float>(r), a.weight = array(weight), a.smooth = pointer<const float>(smooth);
+  a.signal = pointer<const float>(signal), a.rounding = pointer<const float>(rounding);
+  a.format = static_cast<Format>(format), a.group = group, a.scales = static_cast<Type>(scales);
+  a.cost = pointer<double>(cost), a.threads = threads;
+  current_isa().engine->round_rows(a);
+}
+
 py::list cpu_isas() {
   py::list result;
   for (const auto& isa : isas()) result.append(py::make_tuple(isa.name, isa.obstacle));
@@ -130,6 +154,9 @@ void bind_cpu(py::module_& m) {
       .def(
           "run_row_scales", [](const LinearArguments& a) { current_isa().engine->row_scales(a); },
           py::call_guard<py::gil_scoped_release>());
+  m.def("sweep", &sweep, py::call_guard<py::gil_scoped_release>());
+  m.def("round_rows", &round_rows, py::call_guard<py::gil_scoped_release>());
+  m.attr("sweep_columns") = sweep_columns;
   m.def("cpu_features", &cpu_features, "instruction set -> 'yes', 'no', or what stands in its way; empty off x86");
   m.def("cpu_isas", &cpu_isas, "(name, why this process cannot use it or '') of every compiled instruction set");
   m.def(

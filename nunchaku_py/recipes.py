@@ -2,8 +2,8 @@
 the others are made of the steps in `methods/`."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from .errors import NunchakuError
 from .methods.fit import absmax, fit
@@ -61,6 +61,25 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     *_both("rtn", "w4a4", 0, (absmax,), (absmax,)),
     Recipe("w4a16-int4", "int4", "w4a16", 0, (fit, gptq), (fit,)),
 )}
+
+
+# Preset → what it changes of a recipe's options.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"candidates": "few", "search_rows": 512, "rounds": 6, "gain": 0.02, "patience": 1},
+    "best": {"candidates": "many", "search_rows": 1 << 30, "rounds": 100, "gain": 0.0005, "patience": 4},
+}
+
+
+def with_preset(recipe: str | Recipe, preset: str | None) -> Recipe:
+    """The recipe with the preset's options; "fast" leaves GPTQ out of W4A4 recipes, and so the Gram matrices."""
+    recipe = recipe_of(recipe)
+    if preset is None:
+        return recipe
+    if preset not in PRESETS:
+        raise NunchakuError(f"preset: expected {' or '.join(PRESETS)}, or none, got {preset!r}")
+    without = (gptq,) if preset == "fast" and recipe.kind == "w4a4" else ()
+    return replace(recipe, options=replace(recipe.options, **PRESETS[preset]),
+                   steps=tuple(step for step in recipe.steps if step not in without))
 
 
 def recipe_of(recipe: str | Recipe) -> Recipe:

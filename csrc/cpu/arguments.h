@@ -65,4 +65,37 @@ struct LinearArguments {
   const void* residual = nullptr;  // (m, n) of `out`'s type
 };
 
+constexpr std::int64_t sweep_columns = 128;  // the most that one call of `sweep` rounds
+
+// GPTQ's column loop over `columns` (k, n): column j of the weight is a row here. nunchaku_py/methods/gptq.py.
+struct SweepArguments {
+  std::int64_t n = 0, k = 0;
+  float* columns = nullptr;  // to be rounded in place; rows `stride` numbers apart
+  std::int64_t stride = 0;
+  float* errors = nullptr;  // (k, n): what is written
+  std::int64_t error_stride = 0;
+  const float* upper = nullptr;  // (k, k)
+  std::int64_t upper_stride = 0;
+  const float* step = nullptr;          // (groups, n)
+  const float* inverse = nullptr;       // (groups, n): 0 where the step is
+  const std::int64_t* group = nullptr;  // (k): of each column
+  Format format = Format::int4;
+  int threads = 1;
+};
+
+// Plain rounding of R = Ŵ − up·low, Ŵ = weight·smooth, and what it costs. nunchaku_py/methods/error.py.
+struct RoundArguments {
+  std::int64_t n = 0, k = 0;
+  float* r = nullptr;  // (n, k): R, in its place Ŵ − Q
+  Array weight;        // (n, k)
+  const float* smooth = nullptr;
+  const float* signal = nullptr;    // (k)
+  const float* rounding = nullptr;  // (k)
+  Format format = Format::int4;
+  std::int64_t group = 64;  // a multiple of 16
+  Type scales = Type::bf16;
+  double* cost = nullptr;  // (n)
+  int threads = 1;
+};
+
 }  // namespace nunchaku_py::cpu

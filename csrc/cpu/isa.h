@@ -19,6 +19,8 @@ struct Engine {
   void (*linear)(const LinearArguments&);
   void (*row_scales)(const LinearArguments&);  // to y (n) fp32: the INT8 scale that each row of weights folds to
   Peak (*peak)();
+  void (*sweep)(const SweepArguments&);
+  void (*round_rows)(const RoundArguments&);
 };
 
 struct Isa {

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..formats import decode, format_of, quantize_rows
 from ..site import Mode
 from ..tensor import QTensor, fake_quantize
+from . import fast
 from .work import Context, Step, Work
 
 ENOUGH_CHUNKS = 9  # on a CPU: all of a 3072×3072 weight, a quarter of a 3072×12288 one
@@ -28,11 +29,7 @@ class Noise(NamedTuple):
 
     def cost(self, error: Tensor, remainder: Tensor) -> Tensor:
         """J of some rows: error = (R−Q), remainder = R, both (n,K)."""
-        return _energy(error) @ self.signal + _energy(remainder) @ self.rounding
-
-
-def _energy(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=0).square()
+        return (error.square() @ self.signal + remainder.square() @ self.rounding).sum()
 
 
 def site_inputs(work: Work, ctx: Context, mode: Mode = "a4", tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,6 +51,19 @@ def noise_of(work: Work, ctx: Context) -> Noise:
 def rounded(x: Tensor, work: Work, ctx: Context) -> Tensor:
     """deq(RTN(x)) of some rows, with absmax scales."""
     return fake_quantize(x, work.site.weight_format, ctx.scale_dtype)
+
+
+def rounding_of(work: Work, ctx: Context, rows: slice, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Of some rows Ŵ − Q, Q the plain rounding of R = Ŵ − up·low, and their share of J."""
+    remainder, fmt = work.remainder(rows), work.site.weight_format
+    if fast.rounds_rows(remainder, work.weight, fmt):
+        cost = fast.round_rows(remainder, work.weight[rows], work.smooth, *noise, fmt, ctx.scale_dtype).sum()
+        if cost.isfinite():
+            return remainder, cost
+        remainder = work.remainder(rows)  # rounding it says what is wrong with it
+    quantized = rounded(remainder, work, ctx)
+    cost = noise.cost(quantized - remainder, remainder)
+    return torch.sub(work.smoothed(rows), quantized, out=quantized), cost
 
 
 def rows_of(residual: QTensor, rows: slice) -> QTensor:

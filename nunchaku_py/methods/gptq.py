@@ -13,12 +13,14 @@ from torch import Tensor
 from ..errors import NunchakuError
 from ..formats import Format, encode, pack_nibbles, round_codes_
 from ..tensor import QTensor
+from . import fast
 from .error import noise_of
 from .fit import quantize_remainder
 from .work import Context, Work, stage
 
+SMALL = 256  # a triangular matrix of so many rows is inverted at once
 RETRIES = 6  # each with ten times the damping
-LEAF = 8  # columns rounded one by one before a matrix product takes their errors to the others
+LEAF = 8  # columns that torch code rounds one by one before a matrix product takes their errors to the others
 
 
 @stage("refine")
@@ -51,17 +53,16 @@ def _possible(work: Work, ctx: Context) -> bool:
 
 
 def ordered_factor(work: Work, ctx: Context) -> tuple[Tensor, Tensor]:
-    """Channels from the strongest to the weakest, and U in that order."""
-    gram = smoothed_gram(work)
-    gram.diagonal().add_(noise_of(work, ctx).rounding)  # (R−Q) multiplies the rounding noise of the input as well
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    gram = gram[order[:, None], order]
-    return order, inverse_factor(gram, damping(work, ctx), work.names[0])
-
-
-def smoothed_gram(work: Work) -> Tensor:
-    """Ĥ = diag(1/s)·H·diag(1/s), a new tensor."""
-    return (work.stats.gram / work.smooth).float().div_(work.smooth[:, None])
+    """Channels from the strongest to the weakest, and U in that order. Beside the Gram matrix it makes two of its size.
+    """
+    inverse = 1.0 / work.smooth
+    diagonal = work.stats.gram.diagonal() * inverse * inverse
+    diagonal = diagonal + noise_of(work, ctx).rounding  # (R−Q) multiplies the rounding noise of the input as well
+    order = diagonal.argsort(descending=True, stable=True)
+    back = order.flip(0)
+    flipped = work.stats.gram[back[:, None], back].float()
+    flipped.mul_(inverse[back]).mul_(inverse[back, None]).diagonal().copy_(diagonal[back])
+    return order, inverse_factor(flipped, damping(work, ctx), work.names[0])
 
 
 def damping(work: Work, ctx: Context) -> float:
@@ -69,22 +70,32 @@ def damping(work: Work, ctx: Context) -> float:
     return ctx.options.damping + ctx.options.scarcity * work.weight.shape[1] / max(work.stats.rows, 1)
 
 
-def inverse_factor(gram: Tensor, share: float, name: str) -> Tensor:
-    """Upper U with (H + λI)⁻¹ = UᵀU, λ = share·mean diag, by one Cholesky of the flipped matrix.
+def inverse_factor(flipped: Tensor, share: float, name: str) -> Tensor:
+    """Upper U with (H + λI)⁻¹ = UᵀU, λ = share·mean diag, by one Cholesky of the flipped matrix H[::-1, ::-1].
 
-    If that fails, it is tried again with more damping."""
-    unit, added = share * gram.diagonal().mean().clamp_min(1e-30).item(), 0.0
-    flipped = gram.flip(0, 1)
+    If that fails, it is tried again with more damping. Consumes what it is given: K×K matrices are what this costs."""
+    unit, added = share * flipped.diagonal().mean().clamp_min(1e-30).item(), 0.0
     for attempt in range(RETRIES):
         flipped.diagonal().add_(unit * 10**attempt - added)
         added = unit * 10**attempt
         lower, failed = torch.linalg.cholesky_ex(flipped)
-        if not failed.item() and lower.isfinite().all():
-            del flipped  # K×K matrices are what this costs
-            eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+        if not failed.item() and lower.diagonal().isfinite().all():
+            invert_lower_(lower)
+            return torch.flip(lower, (0, 1))
     raise NunchakuError(f"{name}: the Gram matrix of the input is not positive definite, or not finite, even with "
                         f"damping {share * 10 ** (RETRIES - 1):g}")
+
+
+def invert_lower_(lower: Tensor) -> None:
+    """L⁻¹ in place of L (K,K), by halves: [A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹BA⁻¹ C⁻¹]."""
+    if len(lower) <= SMALL:
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    half = len(lower) // 2
+    invert_lower_(lower[:half, :half])
+    invert_lower_(lower[half:, half:])
+    lower[half:, :half] = (lower[half:, half:] @ lower[half:, :half]).neg_() @ lower[:half, :half]
 
 
 @dataclass(frozen=True)
@@ -94,36 +105,40 @@ class Grid:
     format: Format
     step: Tensor
     inverse: Tensor  # 0 where the step is
-    group: list[int]  # of each column
+    group: Tensor  # int64, of each column
 
     @staticmethod
     def of(q: QTensor, order: Tensor) -> Grid:
         step = q.scales.float() if q.channel_scale is None else q.scales.float() * q.channel_scale[:, None]
         step = step.T.contiguous()
         inverse = torch.where(step > 0, 1.0 / step, 0.0)
-        return Grid(q.format, step, inverse, (order // (q.format.group or q.k)).tolist())
+        return Grid(q.format, step, inverse, order // (q.format.group or q.k))
 
-    def round(self, column: Tensor, j: int) -> Tensor:
-        """Column j (N) at the nearest values its groups can store."""
-        return round_codes_(column * self.inverse[self.group[j]], self.format).mul_(self.step[self.group[j]])
+    def round(self, column: Tensor, group: int) -> Tensor:
+        """A column (N) at the nearest values its groups can store."""
+        return round_codes_(column * self.inverse[group], self.format).mul_(self.step[group])
 
 
 def sweep(columns: Tensor, errors: Tensor, grid: Grid, upper: Tensor, first: int) -> None:
     """Rounds columns (k,N), the ones from `first` on, in place; errors (k,N) receives e.
 
     Halves itself, so that nearly all the work is in matrix products."""
-    if len(columns) <= LEAF:
-        return _round_one_by_one(columns, errors, grid, upper, first)
+    together = fast.sweep_columns(columns)
+    if len(columns) <= (together or LEAF):
+        groups = grid.group[first:first + len(columns)]
+        if together:
+            return fast.sweep(columns, errors, upper, grid.step, grid.inverse, groups, grid.format)
+        return _round_one_by_one(columns, errors, grid, upper, groups.tolist())
     half = len(columns) // 2
     sweep(columns[:half], errors[:half], grid, upper[:half, :half], first)
     columns[half:].addmm_(upper[:half, half:].T, errors[:half], alpha=-1)
     sweep(columns[half:], errors[half:], grid, upper[half:, half:], first + half)
 
 
-def _round_one_by_one(columns: Tensor, errors: Tensor, grid: Grid, upper: Tensor, first: int) -> None:
+def _round_one_by_one(columns: Tensor, errors: Tensor, grid: Grid, upper: Tensor, groups: list[int]) -> None:
     diagonal = upper.diagonal().tolist()
     for j, column in enumerate(columns):
-        rounded = grid.round(column, first + j)
+        rounded = grid.round(column, groups[j])
         torch.sub(column, rounded, out=errors[j]).div_(diagonal[j])
         columns[j + 1:].addr_(upper[j, j + 1:], errors[j], alpha=-1)
         column.copy_(rounded)

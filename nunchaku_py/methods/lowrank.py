@@ -1,10 +1,13 @@
 """The low-rank branch of SVDQuant: L ← SVD_r(Ŵ − Q), Q ← RTN(Ŵ − L), alternately (Li et al. 2024, arXiv 2411.05007)."""
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from ..errors import NunchakuError
-from .error import Noise, noise_of, rounded
+from .error import Noise, noise_of, rounding_of
 from .svd import Factors, Pass, random_basis, truncated
 from .work import Context, Work, round16, stage
 
@@ -43,14 +46,13 @@ def first_factors(work: Work, ctx: Context, rank: int, power: int) -> Factors:
 
 def alternate(work: Work, ctx: Context, factors: Factors, noise: Noise) -> tuple[float, Factors]:
     """J of these factors with plain rounding, and the factors one subspace step of Ŵ − Q further."""
-    walk, cost = Pass(work.weight.shape[0], factors.basis), 0.0
+    walk, costs = Pass(work.weight.shape[0], factors.basis), []
+    trial = replace(work, up=factors.up, low=factors.low)
     for rows in work.chunks():
-        what = work.smoothed(rows)
-        remainder = what.addmm(factors.up[rows], factors.low, alpha=-1)
-        quantized = rounded(remainder, work, ctx)
-        walk.add(rows, what.sub_(quantized))
-        cost += noise.cost(quantized.sub_(remainder), remainder).item()
-    return cost, walk.factors(factors.low.shape[0])
+        difference, cost = rounding_of(trial, ctx, rows, noise)
+        walk.add(rows, difference)
+        costs.append(cost)
+    return torch.stack(costs).sum().item(), walk.factors(factors.low.shape[0])
 
 
 def set_branch(work: Work, ctx: Context, up: Tensor, low: Tensor) -> None:

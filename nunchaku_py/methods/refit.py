@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .error import output_error, residual_rows, site_inputs
-from .gptq import damping, smoothed_gram
+from .gptq import damping
 from .lowrank import set_branch
 from .svd import orthonormal, random_basis
 from .work import Context, Work, stage
@@ -25,7 +25,7 @@ def refit(work: Work, ctx: Context) -> None:
     if rank == 0:
         return
     before, kept = output_error(work, ctx), (work.up, work.low)
-    set_branch(work, ctx, *leading(work, ctx, survival(work, ctx), weighting(work, ctx)))
+    set_branch(work, ctx, *leading(work, ctx, survival(work, ctx)))
     if output_error(work, ctx) > before:
         work.up, work.low = kept
 
@@ -39,13 +39,13 @@ def survival(work: Work, ctx: Context) -> Tensor:
     return torch.where(energy > 0, (exact * seen).sum(0) / energy.clamp_min(1e-30), 1.0)
 
 
-def weighting(work: Work, ctx: Context) -> Tensor:
-    """Ĥ (K,K), damped a little; its diagonal (K) where no Gram matrix was collected."""
+def weighed(work: Work, ctx: Context, back: Tensor) -> Tensor:
+    """Ĥ·back (K,l), Ĥ damped a little; by its diagonal where no Gram matrix was collected. Nothing K×K is made."""
     if work.stats.gram is None:
-        return work.stats.second.float() / work.smooth.square()
-    gram = smoothed_gram(work)
-    gram.diagonal().add_(damping(work, ctx) * gram.diagonal().mean())
-    return gram
+        return (work.stats.second.float() / work.smooth.square())[:, None] * back
+    inverse = (1.0 / work.smooth)[:, None]
+    mean = (work.stats.gram.diagonal().float() * inverse[:, 0].square()).mean()
+    return (work.stats.gram.float() @ (back * inverse)).mul_(inverse).add_(back * (damping(work, ctx) * mean))
 
 
 def target(work: Work, ctx: Context, rows: slice, kept_rate: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def target(work: Work, ctx: Context, rows: slice, kept_rate: Tensor) -> Tensor:
     return work.smoothed(rows).sub_(residual_rows(work, ctx, rows).mul_(kept_rate))
 
 
-def leading(work: Work, ctx: Context, kept_rate: Tensor, weigh: Tensor) -> tuple[Tensor, Tensor]:
+def leading(work: Work, ctx: Context, kept_rate: Tensor) -> tuple[Tensor, Tensor]:
     """U_r (N,r) and U_rᵀB (r,K), by subspace iteration from the present branch."""
     n, k = work.weight.shape
     rank = work.low.shape[0]
@@ -63,8 +63,8 @@ def leading(work: Work, ctx: Context, kept_rate: Tensor, weigh: Tensor) -> tuple
         columns, back = orthonormal(columns), columns.new_zeros(k, columns.shape[1])  # back = Bᵀ·columns
         for rows in work.chunks():
             back.addmm_(target(work, ctx, rows, kept_rate).T, columns[rows])
-        weighed = weigh @ back if weigh.dim() == 2 else weigh[:, None] * back
+        ahead = weighed(work, ctx, back)
         if turn < ITERATIONS:
-            columns = torch.cat([target(work, ctx, rows, kept_rate) @ weighed for rows in work.chunks()])
-    top = torch.linalg.eigh(back.double().T @ weighed.double()).eigenvectors[:, -rank:].float()
+            columns = torch.cat([target(work, ctx, rows, kept_rate) @ ahead for rows in work.chunks()])
+    top = torch.linalg.eigh(back.double().T @ ahead.double()).eigenvectors[:, -rank:].float()
     return columns @ top, top.T @ back.T

@@ -9,13 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .error import noise_of, rounded
+from .error import noise_of, rounding_of
 from .lowrank import check_rank, first_factors
 from .work import Context, Work, round16, stage
 
 # (α, β): none; activations alone; SmoothQuant's α + β = 1.
 CANDIDATES = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (0.3, 0.7), (0.4, 0.6), (0.5, 0.5), (0.6, 0.4),
               (0.7, 0.3), (0.8, 0.2), (0.9, 0.1))
+SETS = {"few": CANDIDATES[:1] + CANDIDATES[5:9], "usual": CANDIDATES,
+        "many": ((0.0, 0.0), *((k / 20, 0.0) for k in range(1, 20)), *((k / 20, 1 - k / 20) for k in range(1, 20)))}
 SPREAD = 2.0**10  # of s to either side of its geometric mean
 LARGEST = 2.0**14  # s and 1/s are normal numbers in fp16
 NVFP4_TOP = 64.0  # largest calibrated |x̂|: leaves e4m3 scales 40x above it and 500x below before they lose precision
@@ -36,24 +38,22 @@ def choose(work: Work, ctx: Context, score: Score) -> tuple[float, float]:
     if not work.site.has_smooth:
         return CANDIDATES[0]
     tops = work.stats.absmax.float(), _input_absmax(work)
+    candidates = SETS[ctx.options.candidates]
     trial = replace(work, weight=_sample_rows(work.weight, ctx.options.search_rows), residual=None)
     found = []
-    for alpha, beta in CANDIDATES:
+    for alpha, beta in candidates:
         trial.smooth = factor(*tops, alpha, beta, work, ctx)
         found.append(score(trial, ctx))
-    best = CANDIDATES[found.index(min(found))]
+    best = candidates[found.index(min(found))]
     work.smooth = factor(*tops, *best, work, ctx)
     return best
 
 
 def analytic(work: Work, ctx: Context) -> float:
     """J with the branch of one cheap SVD."""
-    noise, cost = noise_of(work, ctx), 0.0
+    noise = noise_of(work, ctx)
     branch(work, ctx, power=1)
-    for rows in work.chunks():
-        remainder = work.remainder(rows)
-        cost += noise.cost(rounded(remainder, work, ctx).sub_(remainder), remainder).item()
-    return cost
+    return torch.stack([rounding_of(work, ctx, rows, noise)[1] for rows in work.chunks()]).sum().item()
 
 
 def branch(work: Work, ctx: Context, power: int) -> None:

@@ -4,7 +4,7 @@ from nunchaku_py.methods.error import output_error
 from nunchaku_py.methods.fit import fit
 from nunchaku_py.methods.gptq import damping
 from nunchaku_py.methods.lowrank import lowrank
-from nunchaku_py.methods.refit import leading, refit, survival, target, weighting
+from nunchaku_py.methods.refit import leading, refit, survival, target, weighed
 from tests.methods.layers import CTX, small
 
 
@@ -17,8 +17,8 @@ def prepared(**more):
 
 def test_is_the_closed_form():
     work, _ = prepared()
-    rate, weigh = survival(work, CTX), weighting(work, CTX)
-    up, low = leading(work, CTX, rate, weigh)
+    rate, weigh = survival(work, CTX), weighed(work, CTX, torch.eye(160))
+    up, low = leading(work, CTX, rate)
     b = target(work, CTX, slice(None), rate)
     root = torch.linalg.cholesky(weigh.double())
     u = torch.linalg.svd(b.double() @ root).U[:, :8]
@@ -51,4 +51,5 @@ def test_without_a_gram_matrix_and_without_rank():
 def test_damping_is_that_of_gptq():
     work, _ = prepared()
     plain = work.stats.gram.diagonal()
-    assert torch.allclose(weighting(work, CTX).diagonal() - plain, damping(work, CTX) * plain.mean(), rtol=1e-2)
+    found = weighed(work, CTX, torch.eye(160)).diagonal()
+    assert torch.allclose(found - plain, damping(work, CTX) * plain.mean(), rtol=1e-2)

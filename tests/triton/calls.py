@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nunchaku_py import ops
+from nunchaku_py.formats import format_of
+from nunchaku_py.methods import fast
 from nunchaku_py.ops import ActSpec, AttentionSpec, LinearSpec
 from tests.ops.helpers import ACTS, ENDINGS
 
@@ -22,6 +24,7 @@ def of(target: int) -> Iterator[Named]:
     yield from quantizing_calls()
     yield from linear_calls(target)
     yield from attention_calls(target)
+    yield from gptq_calls()
 
 
 # ----------------------------------------------------------------------------------------------------------- quantizing
@@ -140,3 +143,17 @@ def attention_call(products: str, dim: int, keys: int, dtype: torch.dtype = torc
             return ops.attention(q, k, v, spec)
 
     return f"attention: {products}, {dim} channels, {keys} keys, {str(dtype).removeprefix('torch.')}", run
+
+
+# ------------------------------------------------------------------------------------------------- weights' quantizing
+def gptq_calls() -> Iterator[Named]:
+    """GPTQ's column loop over whole and odd tiles."""
+    for name in ("int4", "nvfp4"):
+        for n, k in ((3072, 128), (331, 66)):
+            yield f"gptq {name} {n}x{k}", partial(_swept, name, n, k)
+
+
+def _swept(name: str, n: int, k: int) -> None:
+    columns, step = torch.empty(k, n), torch.empty(2, n)
+    fmt = format_of(name)
+    fast.sweep(columns, torch.empty(k, n), torch.empty(k, k), step, step, torch.empty(k, dtype=torch.int64), fmt)

@@ -49,7 +49,8 @@ def test_blocks_have_the_shared_memory_they_ask_for(compiled: Compile, target: i
 @ON_TARGETS
 def test_no_product_and_sum_are_fused_unasked(compiled: Compile, target: int) -> None:
     """Codes and scales are to have the bits of the formula, whatever Triton's default is."""
-    kernels = ("linear_kernel", "expand_kernel", "quantize_act_kernel", "norm_modulate_quantize_kernel")
+    kernels = ("linear_kernel", "expand_kernel", "quantize_act_kernel", "norm_modulate_quantize_kernel",
+               "gptq_kernel")
     found = [one for one in compiled(target) if one.kernel in kernels]
     assert {one.kernel for one in found} == set(kernels)
     assert all(one.constants["enable_fp_fusion"] == "False" for one in found)

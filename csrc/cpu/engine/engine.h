@@ -3,6 +3,8 @@
 #include "gemv.h"
 #include "peak.h"
 #include "quantize.h"
+#include "round_rows.h"
+#include "sweep.h"
 
 namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA {
 
@@ -31,6 +33,16 @@ inline void row_scales(const LinearArguments& a) {
     for (std::int64_t n = item * together; n < smaller((item + 1) * together, a.n); n++)
       static_cast<float*>(a.y)[n] = row_scale(w, n);
   });
+}
+
+inline void sweep(const SweepArguments& a) {
+  if (a.format == Format::nvfp4) return Sweep<true>(a).run();
+  Sweep<false>(a).run();
+}
+
+inline void round_rows(const RoundArguments& a) {
+  if (a.format == Format::nvfp4) return RoundRows<true>(a).run();
+  RoundRows<false>(a).run();
 }
 
 }  // namespace nunchaku_py::cpu::NUNCHAKU_PY_ISA
