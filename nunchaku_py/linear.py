@@ -162,7 +162,7 @@ class QuantizedSite(nn.Module):
         return self.row_dtype or self.compute_dtype
 
     def _residency(self, mode: Mode) -> Residency:
-        """4 bits where kernels take them as they are, or fold them as they read; on a GPU also where INT8 is too much."""
+        """4 bits where kernels take them so, or fold them as they read; on a GPU also where INT8 is too much."""
         if mode == "a4" and self.why_not_mma() is None:
             return "mma"
         scaled = self.site.linear_spec(mode, self.rows_in, "scaled")

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT_DIR", help="a new folder, or a new file ending in .safetensors")
     add("--recipe", default="svdquant-int4", metavar="NAME",
         help="svdquant-int4 (default), svdquant-nvfp4, rtn-int4, rtn-nvfp4 or w4a16-int4")
+    add("--preset", choices=("fast", "best"), help="less work for a little more error, or more for a little less")
     add("--rank", type=whole(0), metavar="R", help="rank of the 16-bit branch (default: the recipe's)")
     add("--mode", default="auto", choices=("auto", "a4", "a8", "a16"),
         help="activations while calibrating with feedback; the file does not depend on the mode it is run in")
@@ -203,8 +204,8 @@ def _settings(args: argparse.Namespace, wanted: Wanted) -> str:
     loras = [(str(path.resolve()), strength) for path, strength in args.lora or ()]
     more = {name: str(path.resolve()) for name in ("into", "config") if (path := getattr(args, name)) is not None}
     return json.dumps({"model": str(args.model.resolve()), **more, "loras": loras, "components": wanted.components,
-                       "rules": wanted.rules, "prompts": prompts if wanted.prompts else None, "dtype": wanted.dtype,
-                       "mode": args.mode})
+                       "preset": args.preset, "rules": wanted.rules, "prompts": prompts if wanted.prompts else None,
+                       "dtype": wanted.dtype, "mode": args.mode})
 
 
 def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
@@ -223,7 +224,7 @@ def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output:
 
 def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
     from ..quantize import Settings
-    from ..recipes import recipe_of
+    from ..recipes import with_preset
     from ..stream.files import Calibration, Opening, quantize_files, write
 
     device = device_for(args.device, 0)
@@ -236,7 +237,7 @@ def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: 
     calibration = None
     if wanted.prompts:
         calibration = Calibration(source.path, dtype, wanted.prompts, args.states, not args.no_feedback)
-    recipes = {name: recipe_of(recipe) for name, recipe in wanted.components.items()}
+    recipes = {name: with_preset(recipe, args.preset) for name, recipe in wanted.components.items()}
     settings = Settings(args.rank, wanted.rules, args.mode, args.seed)
     budget = None if args.budget is None else parse_size(args.budget, "--budget")
     runs, report = quantize_files(homes, recipes, settings, output.blocks, calibration, budget)
@@ -246,12 +247,14 @@ def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: 
 def _in_memory(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
     from ..checkpoint import save
     from ..quantize import quantize
+    from ..recipes import with_preset
 
+    recipes = {name: with_preset(recipe, args.preset) for name, recipe in wanted.components.items()}
     target = _target(args, source, wanted)
     held = {"": target} if source.index is None else target.components
     report = quantize(
-        target, wanted.components.get("", args.recipe), wanted.prompts, args.mode, rank=args.rank, rules=wanted.rules,
-        components=None if source.index is None else wanted.components, states=args.states,
+        target, recipes.get("", args.recipe), wanted.prompts, args.mode, rank=args.rank, rules=wanted.rules,
+        components=None if source.index is None else recipes, states=args.states,
         feedback=not args.no_feedback, work_dir=output.blocks, keep_work=True, seed=args.seed)
     return {name: partial(save, held[name]) for name in wanted.components}, report
 
