@@ -139,6 +139,18 @@ def test_compiling_refuses_what_is_away_and_takes_what_is_not(monkeypatch: pytes
             torch.compile(linear, backend="eager", fullgraph=True)(x)
 
 
+@pytest.mark.parametrize("change", [
+    lambda model: model.compile(backend="eager", fullgraph=True),
+    lambda model: model.compile_repeated_blocks(backend="eager", fullgraph=True)])
+def test_compiled_models_run_as_without(change: Callable[[nn.Module], None]) -> None:
+    pipe, arguments, found = quantized_pipeline()
+    with without_tables(pipe.transformer):
+        before = draw(pipe, arguments)
+    change(pipe.transformer)
+    assert same_bits(draw(pipe, arguments), before) and not found.order
+    torch.compiler.reset()
+
+
 def test_a_move_to_a_gpu_leaves_the_weights_on_the_host() -> None:
     model, inputs = quantized_model()
     nq.cache_modulation(model)
