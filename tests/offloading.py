@@ -9,7 +9,7 @@ from torch import nn
 
 import nunchaku_py as nq
 from nunchaku_py import NunchakuError
-from nunchaku_py.offload.budget import parse_size
+from nunchaku_py.sizes import parse_size
 
 
 def refused(model: nn.Module, name: str, **more: str) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from nunchaku_py import NunchakuError
-from nunchaku_py.offload.budget import choose, parse_size
+from nunchaku_py.offload.budget import choose
 from nunchaku_py.offload.schedule import Schedule
+from nunchaku_py.sizes import parse_size
 
 
 # -------------------------------------------------------------------------------------------------------------- budgets

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..errors import NunchakuError
 from ..folders import DENOISERS
+from ..sizes import parse_size
 from ..swap import quantized_components
-from .budget import parse_size
 from .guests import Guests
 from .paging import Paging
 from .streaming import Streaming

@@ -12,7 +12,8 @@ from ..checkpoint.mapping import CAN_DROP, drop, is_mapped, spans_of, will_need
 from ..errors import NunchakuError
 from ..models.discover import blocks_of
 from ..models.pattern import pattern_of
-from .budget import choose, shown
+from ..sizes import shown
+from .budget import choose
 from .hook import Hook, NotCopied
 
 

@@ -14,8 +14,9 @@ from ..models.discover import blocks_of
 from ..models.pattern import pattern_of
 from ..module_tools import Berth
 from ..progress import Progress
+from ..sizes import shown
 from .block import Block
-from .budget import Plan, choose, shown
+from .budget import Plan, choose
 from .hook import UNDO, Hook, NotCopied
 from .lanes import device_of, host_memory, lanes_on
 from .schedule import Schedule
