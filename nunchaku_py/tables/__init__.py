@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import NunchakuError
 from ..linear import QuantLinear
 from ..models.pattern import matches, pattern_of
+from ..module_tools import is_offloaded
 from ..swap import quantized_components
 from . import silu
 from .foresee import tables_of
@@ -94,6 +95,9 @@ def table_lines(models: Iterable[nn.Module]) -> list[str]:
 
 
 def _line(pairs: list[tuple[Any, LinearTable]]) -> str:
+    if all(is_offloaded(site) for site, _ in pairs):
+        return (f"modulation tables: {len(pairs)} linears, not used: offloading brings their weights with their blocks, "
+                f"in every call")
     tables = pairs[0][1].tables
     away = [site for site, table in pairs if table.is_away(site)]
     weights = f"{_mib(sum(site.nbytes() for site, _ in pairs))} of weights on "
