@@ -96,8 +96,8 @@ def table_lines(models: Iterable[nn.Module]) -> list[str]:
 
 def _line(pairs: list[tuple[Any, LinearTable]]) -> str:
     if all(is_offloaded(site) for site, _ in pairs):
-        return (f"modulation tables: {len(pairs)} linears, not used: offloading brings their weights with their blocks, "
-                f"in every call")
+        return (f"modulation tables: {len(pairs)} linears, not used: offloading brings their weights with their "
+                "blocks, in every call")
     tables = pairs[0][1].tables
     away = [site for site, table in pairs if table.is_away(site)]
     weights = f"{_mib(sum(site.nbytes() for site, _ in pairs))} of weights on "
