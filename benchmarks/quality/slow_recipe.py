@@ -10,8 +10,9 @@ full SVD and rounding, up to 100 rounds, its error taken by running the layer, u
 Layers: every W4A4 site of the trained miniatures, full SVDs throughout; and those of one FLUX block of real width,
 random with outlier channels (synthetic.py). There the slow recipe's SVDs are by subspace iteration that has converged
 (CONVERGED), so that its errors are known at all, and its time is what was measured without them, plus their number
-times the median of a few full SVDs of that shape ("extrapolated"). Both recipes run in turn, in one process and on the
-same threads; `cpu` seconds are those of all threads, which other programs on the machine disturb less than the clock.
+times the lesser of a few full SVDs of that shape ("extrapolated"). Both recipes run in turn, in one process and on the
+same threads. Their times are compared in CPU seconds, of all threads: other programs on the machine disturb these less
+than the clock, which stands beside them.
 """
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ class Row(Origin):
     error_ratio: float
     slow_seconds: float
     seconds: float
-    time_ratio: float
+    time_ratio: float  # of CPU seconds
     slow_cpu_seconds: float
     cpu_seconds: float
     rounds: int  # of the slow alternation
@@ -229,7 +230,7 @@ def measure(case: Case, fmt: str, presets: tuple[str | None, ...]) -> Iterator[R
         clock, error = ours(case, fmt, preset)
         yield Row(**provenance(), source=case.source, format=fmt, layer=case.name, n=n, k=k, rank=work.site.rank,
                   preset=preset or "", slow_error=slow_error, error=error, error_ratio=error / slow_error,
-                  slow_seconds=wall, seconds=clock.wall, time_ratio=wall / clock.wall, slow_cpu_seconds=cpu,
+                  slow_seconds=wall, seconds=clock.wall, time_ratio=cpu / clock.cpu, slow_cpu_seconds=cpu,
                   cpu_seconds=clock.cpu,
                   rounds=slow.rounds, svds=slow.svds, slow_tflop=slow.flop(n, k, tokens) / 1e12,
                   extrapolated="yes" if probes else "no")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NunchakuError
-from ..formats import Format, encode, pack_nibbles, round_codes_
+from ..formats import Format, encode, pack_nibbles, round_codes_, row_chunks
 from ..tensor import QTensor
 from . import fast
 from .error import noise_of
@@ -53,8 +53,8 @@ def _possible(work: Work, ctx: Context) -> bool:
 
 
 def ordered_factor(work: Work, ctx: Context) -> tuple[Tensor, Tensor]:
-    """Channels from the strongest to the weakest, and U in that order. Beside the Gram matrix it makes two of its size.
-    """
+    """Channels from the strongest to the weakest, and U in that order. Beside the Gram matrix it makes two and a half
+    of its size."""
     inverse = 1.0 / work.smooth
     diagonal = work.stats.gram.diagonal() * inverse * inverse
     diagonal = diagonal + noise_of(work, ctx).rounding  # (R−Q) multiplies the rounding noise of the input as well
@@ -73,7 +73,7 @@ def damping(work: Work, ctx: Context) -> float:
 def inverse_factor(flipped: Tensor, share: float, name: str) -> Tensor:
     """Upper U with (H + λI)⁻¹ = UᵀU, λ = share·mean diag, by one Cholesky of the flipped matrix H[::-1, ::-1].
 
-    If that fails, it is tried again with more damping. Consumes what it is given: K×K matrices are what this costs."""
+    If that fails, it is tried again with more damping. U takes the place of H: K×K matrices are what this costs."""
     unit, added = share * flipped.diagonal().mean().clamp_min(1e-30).item(), 0.0
     for attempt in range(RETRIES):
         flipped.diagonal().add_(unit * 10**attempt - added)
@@ -81,7 +81,9 @@ def inverse_factor(flipped: Tensor, share: float, name: str) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed.item() and lower.diagonal().isfinite().all():
             invert_lower_(lower)
-            return torch.flip(lower, (0, 1))
+            for rows in row_chunks(*lower.shape):  # back into the memory that is there
+                flipped[rows] = lower[len(lower) - rows.stop:len(lower) - rows.start].flip(0, 1)
+            return flipped
     raise NunchakuError(f"{name}: the Gram matrix of the input is not positive definite, or not finite, even with "
                         f"damping {share * 10 ** (RETRIES - 1):g}")
 

@@ -220,6 +220,7 @@ struct QuantizeCase {
 };
 
 #include "fuzz_cpu_linear.h"
+#include "fuzz_cpu_rounding.h"
 
 // -------------------------------------------------------------------------------------------------------------- driving
 template <class Case>
@@ -244,8 +245,14 @@ std::int64_t drive(const Isa& isa, double seconds, std::uint64_t seed) {
     if (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() > seconds) return cases;
     Random random(seed);
     try {
-      if (const std::int64_t kind = random.upto(5); kind < 2) {
+      if (const std::int64_t kind = random.upto(7); kind < 2) {
         QuantizeCase c(*isa.engine, random, kind == 1);
+        one(c, random);
+      } else if (kind == 2) {
+        SweepCase c(*isa.engine, random);
+        one(c, random);
+      } else if (kind == 3) {
+        RoundCase c(*isa.engine, random);
         one(c, random);
       } else {
         LinearCase c(isa, random, cases == 0);

@@ -1,4 +1,5 @@
-// GPTQ's column loop: rounds up to sweep_columns columns one after the other, each taking up the errors of those before.
+// GPTQ's column loop: rounds up to sweep_columns columns one after the other, each taking up the errors of those
+// before.
 //
 //   c_j ← c_j − Σ_{i<j} U_ij·e_i (i ascending);   q = step·round(c_j·inverse);   e_j = (c_j − q)/U_jj;   c_j ← q
 //
@@ -51,7 +52,8 @@ class Sweep {
   void round_panel(float* errors, std::int64_t first, std::int64_t rows, std::int64_t begin) const {
     F c[columns][vectors];
     for (std::int64_t p = 0; p < columns; p++)
-      for (std::int64_t v = 0; v < vectors; v++) c[p][v] = load_rows(a.columns + (begin + p) * a.stride + first, rows, v);
+      for (std::int64_t v = 0; v < vectors; v++)
+        c[p][v] = load_rows(a.columns + (begin + p) * a.stride + first, rows, v);
     for (std::int64_t i = 0; i < begin; i++) {
       const float* upper = a.upper + i * a.upper_stride + begin;
       F e[vectors];
