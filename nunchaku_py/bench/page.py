@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from .job import OURS
-from .rows import HEADER, Row, gigabytes, seconds
+from .rows import HEADER, Row, gigabytes, notes, seconds
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e22; --faint: #70757d; --paper: #fff; --line: #e3e5e8; --ours: #eaf1fc; }
@@ -79,6 +79,7 @@ def page(rows: Sequence[Row], picture: bytes | None) -> str:
 {_image(picture, title)}
 <h2>Numbers</h2>
 <div class="wide">{_numbers(rows)}</div>
+{''.join(f'<p class="faint">{escape(said)}.</p>' for said in notes(rows))}
 <h2>What was measured</h2>
 <div class="wide">{_facts(rows)}</div>
 <h2>What the columns mean</h2>
@@ -128,14 +129,13 @@ def _image(picture: bytes | None, title: str) -> str:
 
 def _numbers(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(map(_line, rows))}</tbody></table>"
+    body = "".join(_line(row) for row in rows if row.step_s != "")
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
 def _line(row: Row) -> str:
-    *cells, note = row.cells()
     kind = ' class="ours"' if row.contender == OURS else ""
-    return (f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}"
-            f'<td class="note">{escape(note)}</td></tr>\n')
+    return f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in row.cells())}</tr>\n"
 
 
 def _facts(rows: Sequence[Row]) -> str:
@@ -144,7 +144,7 @@ def _facts(rows: Sequence[Row]) -> str:
     facts = [("model", first.subject), ("weights", first.weights),
              ("4-bit format", ", ".join(dict.fromkeys(row.format for row in rows if row.format))),
              ("image", f"{first.width} × {first.height} pixels, {first.steps} steps"),
-             ("one call", f"{first.text_tokens} tokens of text, {first.batch} sample(s), 2 where guidance adds one"
+             ("one call", f"a batch of {first.batch}, {first.text_tokens} tokens of text"
               if first.text_tokens != "" else "as the pipeline calls it"),
              ("text encoders, decoder", f"{seconds(first.text_s)}, {seconds(first.decoder_s)}: once an image, in 16 bit"
               if first.text_s != "" else ""),

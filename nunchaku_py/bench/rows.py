@@ -10,7 +10,7 @@ from ..commands.tables import table
 from .spread import Spread
 
 GB = 1e9
-HEADER = ("contender", "memory", "less by", "step", "speed", "image", "load", "peak memory", "note")
+HEADER = ("contender", "memory", "less by", "step", "speed", "image", "load", "peak memory")
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Row:
         times = f"{self.times_less:.2f}x" if isinstance(self.times_less, float) else ""
         image = f"{'~' if self.image_is == 'computed' else ''}{seconds(self.image_s)}" if self.image_s != "" else ""
         return [self.label, memory if self.denoiser_bytes != "" else "", times, self.step, self.speed, image,
-                seconds(self.load_s), gigabytes(self.device_peak_bytes or self.peak_bytes), self.note]
+                seconds(self.load_s), gigabytes(self.device_peak_bytes or self.peak_bytes)]
 
     @property
     def step(self) -> str:
@@ -104,7 +104,7 @@ class Row:
 def seconds(value: float | str) -> str:
     if value == "":
         return ""
-    if value >= 120:
+    if value >= 600:
         return f"{value / 60:.1f} min"
     return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
 
@@ -118,12 +118,16 @@ def gigabytes(count: int | str) -> str:
 
 def text(rows: Sequence[Row]) -> str:
     """The rows with figures as a table; below it, who has none and why, and what else is to be said."""
-    measured = [row.cells()[:-1] for row in rows if row.step_s != ""]
-    notes: dict[str, list[str]] = {}
+    measured = [row.cells() for row in rows if row.step_s != ""]
+    return "\n".join([table(HEADER, measured), *notes(rows)] if measured else notes(rows))
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What is to be said of rows, alike ones together."""
+    found: dict[str, list[str]] = {}
     for row in rows:
-        notes.setdefault(row.note, []).append(row.label)
-    said = [f"{', '.join(labels)}: {note}" for note, labels in notes.items() if note]
-    return "\n".join([table(HEADER[:-1], measured), *said] if measured else said)
+        found.setdefault(row.note, []).append(row.label)
+    return [f"{', '.join(labels)}: {note}" for note, labels in found.items() if note]
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

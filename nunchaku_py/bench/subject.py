@@ -47,9 +47,10 @@ class Subject:
 
 
 def subject_of(text: str, prompt: str, steps: int | None) -> Subject:
-    """A folder of this name comes first."""
+    """A folder of this name comes first, where a model or pipeline lies in it."""
     path, wanted = model_path(text), {} if steps is None else {STEPS: steps}
-    if text.lower() in KNOWN and not path.exists():
+    taken = any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    if text.lower() in KNOWN and not taken:
         known = KNOWN[text.lower()]
         return Subject(text.lower(), known.about, {"_class_name": known.cls, **known.config}, known, call=wanted)
     if not path.exists():
