@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.flux_size import BF16, WEIGHTS, Shards, meta_model
 
+SIZE = (19, 38)  # double and single blocks of FLUX.1-dev
 LARGE = 6  # of a weight's input channels
 DIRECTIONS = 64
 
@@ -72,8 +73,8 @@ def build(folder: Path, double: int, single: int, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--double", type=int, default=19)
-    parser.add_argument("--single", type=int, default=38)
+    parser.add_argument("--double", type=int, default=SIZE[0])
+    parser.add_argument("--single", type=int, default=SIZE[1])
     parser.add_argument("--quick", action="store_true", help="one block of each kind")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

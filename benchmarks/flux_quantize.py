@@ -2,6 +2,7 @@
 
     python -m benchmarks.flux_folder /tmp/flux-16bit
     python -m benchmarks.flux_quantize /tmp/flux-16bit /tmp/flux-int4 --out quantize.csv
+    python -m benchmarks.flux_quantize --temporary --device cuda    (makes the folder, and deletes it afterwards)
     python -m benchmarks.flux_quantize /tmp/flux-16bit /tmp/again --killed 3        (--like /tmp/flux-int4)
 
 --killed: ends the command so many times by SIGKILL, at random moments, and starts it again; --like: compares its files
@@ -16,12 +17,15 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.flux_folder import SIZE, build
 from benchmarks.gpu import GpuRow, provenance
 from benchmarks.rows import RowFile
 
@@ -90,21 +94,7 @@ def compare(model: Path, like: Path) -> None:
     print(f"identical to {like}: {', '.join(names)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("folder", type=Path, help="of the 16-bit model")
-    add("model", type=Path, help="what becomes of it")
-    add("--device", default="cpu")
-    add("--recipe", default="svdquant-int4")
-    add("--killed", type=int, default=0, metavar="N")
-    add("--between", type=float, nargs=2, default=(20, 120), metavar=("LOW", "HIGH"), help="seconds before a kill")
-    add("--like", type=Path, help="a folder that an undisturbed run made")
-    add("--seed", type=int, default=0, help="of the moments")
-    add("--out", type=Path, help="CSV that the row is added to")
-    add("--note", default="", help="for the row")
-    add("more", nargs="*", help="options of the command, after --")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> None:
     killed(args)
     row = run(args)
     print(row.line())
@@ -113,6 +103,31 @@ def main() -> None:
             file.write(row)
     if args.like:
         compare(args.model, args.like)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, nargs="?", help="of the 16-bit model")
+    add("model", type=Path, nargs="?", help="what becomes of it")
+    add("--temporary", action="store_true", help="in a folder of its own that is deleted, 31 GB while it lasts")
+    add("--device", default="cpu")
+    add("--recipe", default="svdquant-int4")
+    add("--killed", type=int, default=0, metavar="N")
+    add("--between", type=float, nargs=2, default=(20, 120), metavar=("LOW", "HIGH"), help="seconds before a kill")
+    add("--like", type=Path, help="a folder that an undisturbed run made")
+    add("--seed", type=int, default=0, help="of the moments")
+    add("--out", type=Path, help="CSV that the row is added to")
+    add("--note", default="", help="for the row")
+    add("--more", nargs=argparse.REMAINDER, default=[], help="options of the command, at the end")
+    args = parser.parse_args()
+    if args.temporary == (args.model is not None):
+        parser.error("expected FOLDER and MODEL, or --temporary")
+    with tempfile.TemporaryDirectory() if args.temporary else nullcontext() as own:
+        if own is not None:
+            args.folder, args.model = Path(own) / "flux", Path(own) / "int4"
+            build(args.folder, *SIZE)
+        measure(args)
 
 
 if __name__ == "__main__":

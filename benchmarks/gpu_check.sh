@@ -11,6 +11,8 @@
 #   lora       what adapters cost a linear                   OUT/lora.csv
 #   pipeline   benchmark of one step of FLUX.1               OUT/pipeline.csv
 #   sdxl       the same of SDXL's UNet                       OUT/sdxl.csv
+#   quantize   FLUX.1-dev's size from 24 GB on disk          OUT/quantize.csv
+#   bench      nunchaku-py bench of FLUX.1-dev               OUT/bench
 #   memcheck   the kernels' tests under compute-sanitizer: accesses out of bounds
 #   racecheck  the same: races in shared memory
 #
@@ -20,6 +22,8 @@
 #   benchmarks/gpu_check.sh OUT build info tests memcheck racecheck      whether it is right
 #   benchmarks/gpu_check.sh OUT2 triton tune attention ops               Triton's kernels, and how fast linears are
 #   benchmarks/gpu_check.sh OUT3 lora pipeline sdxl                      how fast whole models are
+#   benchmarks/gpu_check.sh OUT4 quantize                                how fast they are quantized; 31 GB of disk
+#   benchmarks/gpu_check.sh OUT5 bench                                   what a user sees of all this
 #
 # What is printed goes into OUT/log.txt too; its first line names the GPU, the versions and the commit. What is needed:
 # torch with CUDA, nvcc 13 and a C++ compiler, setuptools, pybind11, ninja, pytest, and diffusers for whole models;
@@ -27,7 +31,7 @@
 # SECONDS_IN_ALL (default 570) how long all may take: a step is stopped at its own limit or at this one. A later step
 # runs also where an earlier one failed; the exit status says whether all that ran succeeded.
 set -uo pipefail
-ALL="build info tests triton tune attention ops lora pipeline sdxl memcheck racecheck"
+ALL="build info tests triton tune attention ops lora pipeline sdxl quantize bench memcheck racecheck"
 out=${1:?"usage: benchmarks/gpu_check.sh OUT [STEP …], steps: $ALL"}
 shift
 steps=${*:-$ALL}
@@ -99,6 +103,8 @@ check() {
     --seconds "${PIPELINE_SECONDS:-150}"
   step sdxl 150 "$python" -m benchmarks.gpu_pipeline --model sdxl --out "$out/sdxl.csv" \
     --seconds "${PIPELINE_SECONDS:-100}"
+  step quantize 560 "$python" -m benchmarks.flux_quantize --temporary --device cuda --out "$out/quantize.csv"
+  step bench 500 "$python" -m nunchaku_py bench flux.1-dev --no-load --rounds 5 --out "$out/bench"
   sanitize memcheck 100 compiled
   # Some fifty times slower: kernels of this project only, and no whole models.
   sanitize racecheck 100 "compiled or whole_model" --kernel-regex kns=nunchaku_py

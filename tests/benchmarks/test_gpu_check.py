@@ -57,10 +57,10 @@ def test_all_steps_in_order_for_the_gpu_found(tmp_path: Path) -> None:
     answer = Answer(tmp_path, (), sanitizer=SANITIZER)
     assert answer.status == 0 and answer.log.startswith("NVIDIA Fake (8.9), driver 1\n")
     assert answer.begun == ["build", "info", "tests", "triton", "tune", "attention", "ops", "lora", "pipeline", "sdxl",
-                            "memcheck", "racecheck"]
+                            "quantize", "bench", "memcheck", "racecheck"]
     assert "setup.py -q build_ext --inplace on native" in answer.log
     assert f"nunchaku_py tune --rows 4608,4096,512 --seconds 100 --out {tmp_path / 'out/tuned.json'}" in answer.log
-    for name in ("ops", "attention", "pipeline", "sdxl"):
+    for name in ("ops", "attention", "pipeline", "sdxl", "quantize"):
         assert f"--out {tmp_path / f'out/{name}.csv'}" in answer.log
     for tool in ("memcheck", "racecheck"):
         assert f"sanitizer --tool {tool} --error-exitcode 1 --target-processes all" in answer.log
@@ -73,7 +73,7 @@ def test_every_step_is_in_one_of_the_calls_named_that_fit_their_time(tmp_path: P
     answer = Answer(tmp_path, (), sanitizer=SANITIZER, SECONDS_IN_ALL="9999")
     told = re.findall(r"^== (\w+) \(at most (\d+) s\)", answer.log, re.MULTILINE)
     limits = {name: int(limit) for name, limit in told}
-    assert len(named) == 3 and sorted(sum(named, [])) == sorted(answer.begun) == sorted(limits)
+    assert len(named) == 5 and sorted(sum(named, [])) == sorted(answer.begun) == sorted(limits)
     assert all(sum(limits[name] for name in call) <= 570 for call in named)
 
 
