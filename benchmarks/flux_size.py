@@ -28,6 +28,7 @@ import nunchaku_py as nq
 from benchmarks import machine
 from benchmarks.contenders import OURS
 from benchmarks.rows import Row, RowFile, line_of
+from benchmarks.step_parts import line, parts
 from nunchaku_py.bench.inputs import inputs_of
 from nunchaku_py.bench.known import KNOWN
 from nunchaku_py.bench.machine import installed, memory
@@ -189,10 +190,11 @@ def step(args: argparse.Namespace) -> None:
 def steps(model: FluxTransformer2DModel, args: argparse.Namespace) -> Iterator[float]:
     inputs = inputs_of(model, *sides(args.tokens), TEXT, batch=1)
     for number in range(args.steps):
-        started = time.monotonic()
-        y = model(**inputs)
+        started, given = time.monotonic(), []
+        found = parts(lambda given=given: given.append(model(**inputs)))
         yield time.monotonic() - started
-        y = y.sample
+        y = given[0].sample
+        print(line(found))
         print(f"step {number + 1}: {time.monotonic() - started:.1f} s, output {tuple(y.shape)}, "
               f"{'finite' if y.isfinite().all() else 'NOT FINITE'}, {gigabytes(memory())}", flush=True)
 

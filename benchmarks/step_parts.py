@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 ATTENTION = ("aten::scaled_dot_product_attention", "nunchaku_py::attention")
 OURS, DENSE = "nunchaku_py::", ("aten::linear", "aten::conv2d")
@@ -36,7 +35,3 @@ def line(found: dict[str, float]) -> str:
     """4-bit linears 12.0 s (60 %), …"""
     return ", ".join(f"{name} {seconds:.1f} s ({100 * seconds / found['all']:.0f} %)"
                      for name, seconds in found.items() if name != "all")
-
-
-def of_model(model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
-    return parts(lambda: model(**inputs))
