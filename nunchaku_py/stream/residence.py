@@ -11,6 +11,7 @@ from ..checkpoint.validate import some, split_parameter
 from ..errors import NunchakuError
 from ..linear import QuantizedSite
 from ..residence import Residence
+from .heap import give_back
 from .weights import Weights
 
 
@@ -78,6 +79,7 @@ class Streamed(Residence):
             for module in (*before, *self.model.get_submodule(name).modules(), *self.guests):
                 empty(module)
             self.guests.clear()
+            give_back()
 
     def also(self, modules: Iterable[nn.Module]) -> None:
         """Modules to be emptied with the block that is in memory: those that are to take the place of its own."""
