@@ -112,6 +112,12 @@ class Source:
         path = self.path.resolve()
         return dict(shipped.CALLS[path.name]) if path.parent == shipped.WEIGHTS.resolve() else read_call(path)
 
+    def check_class(self, name: str, cls: str) -> None:
+        """Refuse a model of another class than the pipeline has there."""
+        expected = self.index[name][-1]
+        if cls != expected:
+            raise NunchakuError(f"--into: the {name} of {self.path} is a {expected}, and {self.placed[name]} a {cls}")
+
     def check(self, names: Iterator[str] | list[str]) -> None:
         """Refuse truncated or corrupted weights before anything is built from them."""
         for name in names:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def single(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("files") / "fine-tune.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in makers.prefixed(state).items()}, file)
     return file
+
+
+@pytest.fixture(scope="module")
+def others(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder whose tensors have names that are not those of its class."""
+    folder = tmp_path_factory.mktemp("models") / "text_encoder"
+    shutil.copytree(flux / "text_encoder", folder)
+    file = next(folder.glob("*.safetensors"))
+    save_file({f"a.b.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    return folder
 
 
 def run(*argv: Any) -> None:
@@ -107,6 +118,15 @@ MISTAKES = {
     "in memory": (["{single}", "{tmp}/o", "--in-memory"], "only whole folders"),
     "lora in memory": (["{flux}", "{tmp}/o", "--in-memory", "--lora", "{lora}"], "without --lora"),
     "a model as a lora": (["{flux}", "{tmp}/o", "--lora", "{single}"], "fine-tune.safetensors"),
+    "a component without the file": (["{single}", "{tmp}/o", "--into", "{flux}", "--component", "text_encoder"],
+                                     "is to be the transformer, which --component leaves out"),
+    "a text encoder as a denoiser": (["{flux}/text_encoder", "{tmp}/o", "--into", "{flux}"],
+                                     "is a FluxTransformer2DModel, and"),
+    "lora of a text encoder": (["{flux}", "{tmp}/o", "--component", "text_encoder", "--lora", "{lora}"],
+                               "fused into a denoiser"),
+    "a budget and names of others": (["{others}", "{tmp}/o", "--budget", "8GB"], "so --budget"),
+    "over the file": (["{single}", "{single}", "--into", "{flux}", "--overwrite"], "would replace the model"),
+    "over its folder": (["{single}", "{single}/..", "--into", "{flux}", "--overwrite"], "would replace the model"),
     "budget": (["{flux}", "{tmp}/o", "--budget", "a lot"], "--budget: expected a size"),
     "too small a budget": (["{flux}", "{tmp}/o", "--budget", "100MB"], "takes about"),
     "missing": (["{tmp}/absent.gguf", "{tmp}/o"], "no such file"),
@@ -114,9 +134,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, flux: Path, single: Path, tmp_path: Path, refuses: Any) -> None:
+def test_mistakes(name: str, flux: Path, single: Path, others: Path, tmp_path: Path, refuses: Any) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     argv, expected = MISTAKES[name]
-    filled = [arg.format(tmp=tmp_path, flux=flux, single=single, lora=shipped.lora(LORA)) for arg in argv]
+    filled = [arg.format(tmp=tmp_path, flux=flux, single=single, lora=shipped.lora(LORA), others=others)
+              for arg in argv]
     assert expected in refuses("quantize", *filled, *FAST)
     assert [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]
