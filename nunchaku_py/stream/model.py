@@ -1,7 +1,7 @@
 """An empty model as a folder describes it, and how its tensors are called in the files there."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,14 +49,20 @@ def streamed(model: nn.Module, weights: Weights, device: torch.device | str = "c
 
 
 def names_in_files(model: nn.Module, weights: Weights) -> Mapping[str, str] | None:
-    """Name in the model → name in the files: the same, or with one component more or less in front."""
+    """Name in the model → name in the files: the same, or with one component more in front; None where what is
+    missing may be there under names of another kind."""
     tensors, aliases = weights.tensors, tied(model)
     state = model.state_dict(keep_vars=True)
-    wanted = [name for name, tensor in state.items() if tensor.is_meta and name not in aliases]
+    optional = {*aliases, *aliases.values()}
+    wanted = [name for name, tensor in state.items() if tensor.is_meta and name not in optional]
     fronts = {name.partition(".")[0] + "." for name in tensors}
     forms = [lambda name: name, *((lambda name, front=front: front + name) for front in fronts)]
-    tied_to = set(aliases.values())
-    for form in forms:
-        if all(form(name) in tensors or name in tied_to for name in wanted):
-            return {name: form(name) for name in (*wanted, *aliases) if form(name) != name}
-    return None
+
+    def missing(form: Callable[[str], str]) -> int:
+        return sum(form(name) not in tensors for name in wanted)
+
+    best = min(forms, key=missing)
+    unknown = set(tensors).difference(map(best, state))
+    if 0 < missing(best) <= len(unknown):
+        return None
+    return {name: best(name) for name in (*wanted, *optional) if best(name) != name}
