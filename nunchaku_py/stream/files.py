@@ -13,7 +13,7 @@ from ..calibrate import State
 from ..checkpoint.build import model_class
 from ..checkpoint.own import dtype_argument
 from ..errors import NunchakuError
-from ..folders import DENOISERS
+from ..folders import DENOISERS, read_json
 from ..quantize import Settings, runs_of
 from ..recipes import Recipe
 from ..report import Report, merged
@@ -140,12 +140,14 @@ def _states(homes: Mapping[str, Streamed], names: list[str], settings: Settings,
 
 def _pipeline(calibration: Calibration, homes: Mapping[str, Streamed], device: torch.device) -> Any:
     """The pipeline's own class over empty models; whatever else belongs to it is loaded."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     folder, empty = calibration.folder, {name: home.model for name, home in homes.items()}
+    named = read_json(folder / "model_index.json").get("_class_name")
+    # the base class would not hear of models that are optional in the pipeline's own, and load them
+    cls = getattr(diffusers, str(named), diffusers.DiffusionPipeline)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, **empty, **dtype_argument(calibration.dtype),
-                                                 local_files_only=True)
+        pipe = cls.from_pretrained(folder, **empty, **dtype_argument(calibration.dtype), local_files_only=True)
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name not in homes:
                 part.to(device)
