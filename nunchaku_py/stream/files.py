@@ -1,7 +1,7 @@
 """Quantizing models straight from their files: opens them, finds calibration states, runs, and knows how to write."""
 from __future__ import annotations
 
-import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 from ..calibrate import State
 from ..checkpoint.build import model_class
-from ..checkpoint.own import dtype_argument
+from ..checkpoint.own import dtype_argument, write_then_rename
 from ..errors import NunchakuError
 from ..folders import DENOISERS, read_json
 from ..quantize import Settings, runs_of
@@ -157,11 +157,14 @@ def _pipeline(calibration: Calibration, homes: Mapping[str, Streamed], device: t
 
 
 def _keep(states: Mapping[str, list[State]], path: Path) -> None:
-    """For the same command after an interruption. Arguments that are neither tensors nor plain values are not kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({name: [(state.args, state.kwargs) for state in found] for name, found in states.items()}, partial)
-    os.replace(partial, path)
+    """For the same command after an interruption. States with arguments that cannot be pickled are not kept."""
+    held = {name: [(state.args, state.kwargs) for state in found] for name, found in states.items()}
+    try:
+        write_then_rename(path, lambda partial: torch.save(held, partial))
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise NunchakuError(f"{path}: cannot be written: {error}") from error
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return
 
 
 def _read(path: Path, names: list[str]) -> dict[str, list[State]] | None:

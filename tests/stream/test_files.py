@@ -250,6 +250,8 @@ def test_damaged_models_are_refused_in_a_sentence(flux: Path, tmp_path: Path) ->
         Opening(BF16).one("", lacking)
     with pytest.raises(NunchakuError, match=r"transformer_blocks.1.attn.to_q.weight: expected \(\d+, \d+\), got"):
         Opening(BF16).one("", changed(flux, tmp_path / "shape", lambda t: t.update({name: torch.zeros(3, 5)})))
+    with pytest.raises(NunchakuError, match="attn.to_q.weight: expected one of BF16, F16, F32, got I8"):
+        Opening(BF16).one("", changed(flux, tmp_path / "int8", lambda t: t.update({name: t[name].to(torch.int8)})))
     nan = changed(flux, tmp_path / "nan", lambda tensors: tensors[name].fill_(torch.nan))
     with pytest.raises(NunchakuError, match="to_q.weight: holds NaN or infinite"):
         run(nan, tmp_path / "work")

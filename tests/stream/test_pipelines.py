@@ -12,6 +12,8 @@ from torch import nn
 
 import nunchaku_py as nq
 from nunchaku_py import cli
+from nunchaku_py.calibrate import State
+from nunchaku_py.errors import NunchakuError
 from nunchaku_py.quantize import Settings
 from nunchaku_py.recipes import RECIPES
 from nunchaku_py.stream import files
@@ -78,7 +80,23 @@ def test_two_denoisers_that_the_pipeline_could_do_without(tmp_path: Path) -> Non
     check_same_as_in_memory(tmp_path / "pipe", WanPipeline, ["transformer", "transformer_2"], prompts, tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- states of another
+# ------------------------------------------------------------------------------------------------------- states on disk
+def test_states_that_cannot_be_pickled_are_not_kept(tmp_path: Path) -> None:
+    files._keep({"": [State((), {"function": lambda: None})]}, tmp_path / "states.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_full_for_states_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_held: Any, path: Path) -> None:
+        path.write_bytes(b"cut short")
+        raise RuntimeError("unexpected pos 704 vs 598")  # as torch says it
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(NunchakuError, match="states.pt: cannot be written"):
+        files._keep({"": [State((), {})]}, tmp_path / "states.pt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def interrupted(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command that was stopped when it had calibration states, and no block."""
