@@ -107,7 +107,8 @@ class Output:
             fill(fresh)
             self._publish(fresh)
         except OSError as error:
-            raise NunchakuError(f"{self.path}: cannot be written: {error}") from error
+            said = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # copytree gathers a list
+            raise NunchakuError(f"{self.path}: cannot be written: {said}") from error
         except NunchakuError as error:  # it names what nobody asked for, and what is not there any more
             raise NunchakuError(str(error).replace(os.path.abspath(fresh), str(self.path))) from error
 

@@ -108,6 +108,33 @@ def test_a_lora_is_in_the_weights_that_are_quantized(flux: Path, tmp_path: Path,
         assert (found[name] != expected[name]).float().mean() < 0.05 * (plain[name] != expected[name]).float().mean()
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".sft"])
+def test_a_file_is_quantized_in_its_own_type(suffix: str, flux: Path, single: Path, tmp_path: Path) -> None:
+    save_file({name: tensor.half() for name, tensor in load_file(single).items()}, tmp_path / f"half{suffix}")
+    run("quantize", tmp_path / f"half{suffix}", tmp_path / "out", "--config", flux, *FAST)
+    made = load_file(tmp_path / "out" / Path(WEIGHTS).name)
+    assert torch.bfloat16 not in {tensor.dtype for tensor in made.values()}
+
+
+def test_a_model_read_as_a_whole_must_be_whole(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(flux / "transformer", tmp_path / "model")
+    file, name = next((tmp_path / "model").glob("*.safetensors")), "x_embedder.weight"
+    tensors = load_file(file)
+    save_file({f"another.{key}" if key == name else key: tensor for key, tensor in tensors.items()}, file)
+    assert cli.main(["quantize", str(tmp_path / "model"), str(tmp_path / "out"), *FAST]) == 1
+    assert f"1 tensors of FluxTransformer2DModel are missing: {name}" in capsys.readouterr().err
+
+
+def test_a_disk_too_full_for_copies_is_told_in_a_sentence(flux: Path, tmp_path: Path, refuses: Any,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device"), ("c", "d", "the same")])
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    assert "out: cannot be written: [Errno 28] No space left on device\n" in refuses("quantize", flux, tmp_path / "out",
+                                                                                   *FAST)
+
+
 MISTAKES = {
     "pickle": (["{tmp}/model.ckpt", "{tmp}/o"], "is a pickle"),
     "lora as a model": (["{lora}", "{tmp}/o"], "is a LoRA, no model"),
