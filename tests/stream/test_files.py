@@ -83,10 +83,11 @@ def test_one_file(flux: Path, tmp_path: Path) -> None:
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "streamed.safetensors").read_bytes()
 
 
-def calibrated(pipeline: Path, names: dict[str, Any], work: Path, feedback: bool = True) -> tuple[dict, Any]:
+def calibrated(pipeline: Path, names: dict[str, Any], work: Path, feedback: bool = True, **settings: Any
+               ) -> tuple[dict, Any]:
     parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
     homes = Opening(BF16).all(parts, names, set(parts) - set(names))
-    return quantize_files(homes, names, Settings(), work, Calibration(pipeline, BF16, PROMPTS, 5, feedback))
+    return quantize_files(homes, names, Settings(**settings), work, Calibration(pipeline, BF16, PROMPTS, 5, feedback))
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -141,6 +142,26 @@ def test_one_block_at_a_time_is_in_memory(flux: Path, tmp_path: Path, monkeypatc
     for block, names in seen.items():
         assert names and all(name.startswith(f"{block}.") for name in names)
     assert not held(done.model) and not any(held(module) for module in done.originals.values())
+
+
+def test_blocks_that_a_rule_keeps_are_not_in_memory_either(pipeline: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, seen = "transformer_blocks.0.", []
+    whole = StreamedRun.quantize_block
+
+    def watched(self: StreamedRun, block: str, stats: Any) -> Any:
+        seen.append(held(self.model))
+        return whole(self, block, stats)
+
+    monkeypatch.setattr(StreamedRun, "quantize_block", watched)
+    rules = {f"{kept}*": "keep"}
+    runs, _ = calibrated(pipeline, {"transformer": QUICK}, tmp_path / "work", rules=rules)
+    assert seen and not any(name.startswith(kept) for names in seen for name in names)
+    files.write(runs["transformer"], tmp_path / "streamed")
+    pipe = flux_prompt()[0]
+    nq.quantize(pipe, QUICK, PROMPTS, states=5, rules=rules)
+    nq.save(pipe.transformer, tmp_path / "whole")
+    same_files(tmp_path / "whole", tmp_path / "streamed")
 
 
 def test_text_encoders_give_their_memory_to_the_denoiser(pipeline: Path, tmp_path: Path,
