@@ -20,6 +20,10 @@ def described(config: dict[str, Any], weights: Weights, dtype: torch.dtype) -> n
     model = empty_model(config, len(weights.tensors), nbytes, weights.label).eval().requires_grad_(False)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
+    if not hasattr(model, "register_to_config"):  # transformers notes the type that it loads a model in
+        for part in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
     kept = _kept_in_fp32(model, dtype)
     for name, module in model.named_modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -30,6 +30,7 @@ from nunchaku_py.stream.run import StreamedRun
 from tests.checks import QUICK, files_in
 from tests.tiny import MODELS
 from tests.tiny_pipelines import flux_prompt
+from tests.tiny_text import TEXT_ENCODERS
 
 BF16 = torch.bfloat16
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 3}
@@ -72,6 +73,24 @@ def test_the_bytes_of_every_architecture_are_those_of_quantizing_in_memory(name:
     nq.quantize(whole, QUICK)
     nq.save(whole, tmp_path / "whole")
     same_files(tmp_path / "whole", tmp_path / "streamed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", sorted(TEXT_ENCODERS))
+def test_text_encoders_in_another_type_than_their_files(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of which transformers keeps parts in fp32, and notes the type in the config."""
+    model, _ = TEXT_ENCODERS[name]()
+    model.save_pretrained(tmp_path / "plain")
+    recipe = RECIPES["w4a16-int4"]
+    home = {"": Opening(dtype).one("", tmp_path / "plain")}
+    runs, _ = quantize_files(home, {"": recipe}, Settings(), tmp_path / "work")
+    whole = type(model).from_pretrained(tmp_path / "plain", dtype=dtype)
+    nq.quantize(whole, recipe)
+    for form in ("", ".safetensors"):
+        files.write(runs[""], tmp_path / f"made/streamed{form}")
+        nq.save(whole, tmp_path / f"made/whole{form}")
+    same_files(tmp_path / "made/whole", tmp_path / "made/streamed")
+    assert (tmp_path / "made/whole.safetensors").read_bytes() == (tmp_path / "made/streamed.safetensors").read_bytes()
 
 
 def test_one_file(flux: Path, tmp_path: Path) -> None:
