@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     source = Source.of_weights(args.model, args.into)
     wanted = _wanted(args, source)
     output = Output.at(args.out, [path for path in (args.model, args.into) if path is not None], args.overwrite)
-    source.check(list(source.models) if wanted.prompts else list(wanted.components))
+    source.check(list(source.models))
     quiet_libraries(args.verbose)  # slow: it imports them
     output.open(_settings(args, source, wanted))
     try:

@@ -135,6 +135,13 @@ def test_a_disk_too_full_for_copies_is_told_in_a_sentence(flux: Path, tmp_path: 
                                                                                    *FAST)
 
 
+def test_a_damaged_part_is_refused_even_if_it_is_only_copied(flux: Path, tmp_path: Path, refuses: Any) -> None:
+    shutil.copytree(flux, tmp_path / "pipe")
+    file = next((tmp_path / "pipe/vae").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    assert "cut short" in refuses("quantize", tmp_path / "pipe", tmp_path / "out", *FAST)
+
+
 MISTAKES = {
     "pickle": (["{tmp}/model.ckpt", "{tmp}/o"], "is a pickle"),
     "lora as a model": (["{lora}", "{tmp}/o"], "is a LoRA, no model"),
