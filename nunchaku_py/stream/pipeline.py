@@ -38,7 +38,7 @@ class StreamedPipeline:
             gates = {(name, block): Gate(home.model, f"{name}/{block}", home.model.get_submodule(block))
                      for name, home in self.homes.items() for block in home.blocks}
             stack.enter_context(closed({gate.name: gate for gate in gates.values()}))
-            lanes = [Lane(recorder.running(run, _with_own_scheduler(self.pipe)), self.device) for run in runs]
+            lanes = [Lane(recorder.running(run, _with_own_state(self.pipe)), self.device) for run in runs]
             stack.enter_context(stopped_at_the_end(lanes))
             homes = stack.enter_context(_Homes(self.homes, self.denoisers))
             with sentence_of(type(self.pipe).__name__):
@@ -151,10 +151,14 @@ class _Recorder:
         return found
 
 
-def _with_own_scheduler(pipe: Any) -> Any:
-    """The same models; what changes in the course of a call is its own."""
+def _with_own_state(pipe: Any) -> Any:
+    """The same models and tokenizers; schedulers and guiders, which change in the course of a call, are its own."""
+    from diffusers import ConfigMixin
+
     own = copy.copy(pipe)
-    own.scheduler = copy.deepcopy(pipe.scheduler)
+    for name, part in pipe.components.items():
+        if isinstance(part, ConfigMixin) and not isinstance(part, nn.Module):
+            setattr(own, name, copy.deepcopy(part))
     return own
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from nunchaku_py.quantize import Settings
 from nunchaku_py.recipes import RECIPES
 from nunchaku_py.stream import files
 from nunchaku_py.stream.files import Calibration, Opening, quantize_files
+from nunchaku_py.stream.pipeline import _with_own_state
 from tests import tiny_text
 from tests.checks import files_in
 from tests.tiny_models import TEXT_DIM, randomise
@@ -57,6 +59,17 @@ def test_prompts_with_and_without_guidance(flux: Path, tmp_path: Path) -> None:
     prompts = [{"prompt": "a cat", **SMALL},
                {"prompt": "two dogs", "negative_prompt": "bad", "true_cfg_scale": 3.0, **SMALL}]
     check_same_as_in_memory(flux, FluxPipeline, ["transformer"], prompts, tmp_path)
+
+
+def test_every_prompt_has_schedulers_of_its_own() -> None:
+    """Whatever they are called; the models are the same."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = flux_prompt()[0]
+    parts = {"scheduler": pipe.scheduler, "prior_scheduler": FlowMatchEulerDiscreteScheduler(),
+             "transformer": pipe.transformer, "tokenizer": pipe.tokenizer}
+    own = _with_own_state(SimpleNamespace(components=parts, **parts))
+    assert {name for name, part in parts.items() if getattr(own, name) is not part} == {"scheduler", "prior_scheduler"}
 
 
 def wan_transformer(seed: int) -> nn.Module:
