@@ -126,8 +126,6 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
     components = _components(args, source)
     for recipe in components.values():
         recipe_of(recipe)
-    if args.states < 1 or args.rank is not None and args.rank < 0:
-        raise NunchakuError(f"--states and --rank: expected numbers above 0, got {args.states} and {args.rank}")
     if args.budget is not None:
         parse_size(args.budget, "--budget")
     given = [option for option in ("budget", "config", "into", "lora") if getattr(args, option)]
