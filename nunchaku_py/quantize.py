@@ -176,6 +176,11 @@ class Run:
             found.setdefault(job.block or job.names[0], []).append(job)
         return found
 
+    @property
+    def kept_blocks(self) -> list[str]:
+        """Blocks that stay in 16 bit, where these are in memory one at a time, too."""
+        return []
+
     def cost(self, block: str) -> int:
         """Work is close to proportional to the number of weights."""
         return sum(self.model.get_submodule(name).weight.numel() for job in self.blocks[block] for name in job.names)
@@ -194,10 +199,12 @@ class Run:
 
     def calibrated(self, states: Sequence[State], feedback: bool, progress: bool | None) -> None:
         """Replay a few captured forwards block by block; with feedback each block sees the quantized ones' output."""
-        blocks = {block: self.model.get_submodule(block) for block in self.blocks}
-        with Progress(sum(map(self.cost, blocks)), "quantizing", progress) as bar:
+        blocks = {block: self.model.get_submodule(block) for block in (*self.blocks, *self.kept_blocks)}
+        with Progress(sum(map(self.cost, self.blocks)), "quantizing", progress) as bar:
 
             def finish(block: str, stats: dict[Unit, Stats]) -> None:
+                if block not in self.blocks:
+                    return
                 self.note_uncalled(block, stats)
                 made = self.quantize_block(block, stats)
                 if feedback:
@@ -208,6 +215,8 @@ class Run:
                 unreached = replay(self.model, blocks, states, self.taps_of, finish, feedback=feedback, progress=bar,
                                    residence=self.residence)
                 for block, reason in unreached.items():
+                    if block not in self.blocks:
+                        continue
                     self.notes.append(f"{block}: {reason}, so it is quantized data-free")
                     with self.resident(block):
                         self.quantize_block(block, {})
@@ -224,7 +233,7 @@ class Run:
         if self.finished is not None and self.finished.has(block):
             return {}
         return {unit: SiteTap(self.model.get_submodule(unit.names[0]), unit.k_range, self.engine.recipe.needs_gram)
-                for job in self.blocks[block] for unit in job.units}
+                for job in self.blocks.get(block, ()) for unit in job.units}
 
     def quantize_block(self, block: str, stats: Mapping[Unit, Stats]) -> dict[str, Quantized]:
         """The block's quantized modules, from the folder of finished blocks or made now."""

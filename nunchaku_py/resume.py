@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from .calibrate import State
 from .checkpoint.headers import read_header
 from .checkpoint.manifest import entry_from_json, entry_to_json
+from .checkpoint.own import write_then_rename
 from .checkpoint.tensor_file import TensorFile, layout_of, write_tensors
 from .errors import NunchakuError
 from .report import SiteRow
@@ -39,10 +40,11 @@ class FinishedBlocks:
         known = self.folder / _SETTINGS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if known.exists() and known.read_text() != settings:
+            if not known.exists():
+                write_then_rename(known, lambda to: to.write_text(settings))
+            elif known.read_text() != settings:
                 raise NunchakuError(f"{self.folder}: holds the unfinished work of another quantization "
                                     f"(other recipe, options or model); delete it or name another folder")
-            known.write_text(settings)
         except OSError as error:
             raise NunchakuError(f"{self.folder}: cannot be written: {error}") from error
 
@@ -122,7 +124,7 @@ def fingerprint(states: Sequence[State]) -> str:
     crc = 0
     for leaf in tree_leaves([(state.args, state.kwargs) for state in states]):
         if isinstance(leaf, torch.Tensor):
-            crc = zlib.crc32(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+            crc = _crc(leaf, crc)
         else:
             crc = zlib.crc32(repr(leaf).encode(), crc)
     return f"{len(states)} states, {crc:08x}"
@@ -138,7 +140,11 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """Of names and bytes, whatever their order."""
     crc = 0
     for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(name.encode(), crc)
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        crc = zlib.crc32(flat.view(torch.uint8).numpy(), crc) if flat.numel() else crc
+        crc = _crc(tensor, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
+
+
+def _crc(tensor: torch.Tensor, before: int) -> int:
+    """Of the bytes. An expanded tensor of one element counts as contiguous, but has no stride to view its bytes by."""
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    return zlib.crc32(flat.view(torch.uint8).numpy(), before) if flat.numel() else before

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import nunchaku_py as nq
+from nunchaku_py.calibrate import State
 from nunchaku_py.engine import Engine
+from nunchaku_py.resume import fingerprint
 from tests.checks import QUICK, differences, files_in, run, state_of
 from tests.tiny import MODELS
 
@@ -93,6 +95,13 @@ def test_without_an_interruption_work_dir_changes_nothing(tmp_path, expected) ->
     nq.quantize(model, QUICK, work_dir=tmp_path / "a/b")
     assert differences(expected[False], model.state_dict()) == []
     assert not (tmp_path / "a/b").exists()
+
+
+def test_expanded_tensors_have_a_fingerprint() -> None:
+    """Of which some have one element and no stride."""
+    prints = {fingerprint([State((), {"timestep": step})]) for step in (
+        torch.tensor([5.0]), torch.tensor(5.0).expand(1), torch.tensor([6.0]))}
+    assert len(prints) == 2
 
 
 def test_files_of_others_in_the_folder_survive(tmp_path) -> None:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     path, out = args.source, args.out
     check_there(path)
     _check_out(args)
-    output = Output.at(out, args.into or path, args.overwrite)
+    output = Output.at(out, [path, *filter(None, [args.into])], args.overwrite)
     quiet_libraries(args.verbose)
     whole = Source.of(args.into or path) if args.into or (path / "model_index.json").is_file() else None
     if whole or out.suffix.lower() != ".safetensors":

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ class Output:
     work: Path
 
     @staticmethod
-    def at(path: Path, source: Path, overwrite: bool) -> Output:
+    def at(path: Path, sources: Iterable[Path], overwrite: bool) -> Output:
         """Refuses before any work is done what could not be written at its end."""
-        if path.resolve() == source.resolve() or source.resolve().is_relative_to(path.resolve()):
-            raise NunchakuError(f"{path}: would replace the model it is made from; name another output")
-        if path.resolve().is_relative_to(source.resolve()):
-            raise NunchakuError(f"{path}: lies inside {source}; name a folder beside it")
+        for source in sources:
+            if source.resolve().is_relative_to(path.resolve()):
+                raise NunchakuError(f"{path}: would replace the model it is made from; name another output")
+            if path.resolve().is_relative_to(source.resolve()):
+                raise NunchakuError(f"{path}: lies inside {source}; name a folder beside it")
         if path.is_dir() and path.suffix.lower() == ".safetensors":
             raise NunchakuError(f"{path}: is a folder, but its name is that of a file")
         taken = path.is_file() or path.is_dir() and any(path.iterdir())
@@ -52,10 +53,12 @@ class Output:
                 raise NunchakuError(f"{self.work}: exists and is not unfinished work of this command; move it away, or "
                                     "name another output")
             self.work.mkdir(parents=True, exist_ok=True)
-            if known.exists() and known.read_text() != settings and self._finished():
+            same = known.exists() and known.read_text() == settings
+            if not same and (self._finished() or self._has_states()):
                 raise NunchakuError(f"{self.work}: holds the unfinished work of another command (other model, prompts "
                                     "or options); finish that one, delete the folder, or name another output")
-            known.write_text(settings)
+            if not same:  # a full disk must not take what is known of finished work
+                known.write_text(settings)
         except OSError as error:
             raise NunchakuError(f"{self.path}: cannot be written: {error}") from error
 
@@ -104,7 +107,8 @@ class Output:
             fill(fresh)
             self._publish(fresh)
         except OSError as error:
-            raise NunchakuError(f"{self.path}: cannot be written: {error}") from error
+            said = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # copytree gathers a list
+            raise NunchakuError(f"{self.path}: cannot be written: {said}") from error
         except NunchakuError as error:  # it names what nobody asked for, and what is not there any more
             raise NunchakuError(str(error).replace(os.path.abspath(fresh), str(self.path))) from error
 

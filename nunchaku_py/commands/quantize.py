@@ -28,6 +28,7 @@ from .sources import (
     quiet_libraries,
     torch_dtype,
     weight_bytes,
+    weight_files,
 )
 
 SUMMARY = "quantize a pipeline or a model to 4 bits"
@@ -69,13 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="linears by name: w4a4, w4a16 or keep; may be repeated, a later rule overrides an earlier one")
     add("--component", action="append", default=[], metavar="NAME[=RECIPE]",
         help="which of a pipeline's models, each with its own recipe if named (default: the denoiser)")
-    add("--prompts", type=Path, metavar="FILE", 
+    add("--prompts", type=Path, metavar="FILE",
         help='calibrate on these, a prompt or {"prompt": …, "height": …} on each line')
     add("--states", type=whole(1), default=16, metavar="N", help="denoising states to calibrate on (default 16)")
     add("--no-feedback", action="store_true", help="calibrate every block on what 16-bit blocks before it give")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of everything random (default 0)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="compute in this type (default: the file's 16-bit type)")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU with room for it, else the CPU)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
     add("--into", type=model_path, metavar="PIPELINE_DIR",
         help="OUT_DIR becomes this pipeline, with the model in place of its own; prompts run through it")
     add("--config", type=Path, metavar="DIR", help="of a file: the folder of a model or pipeline of the same kind")
@@ -101,10 +102,10 @@ class Wanted:
 def run(args: argparse.Namespace) -> int:
     source = Source.of_weights(args.model, args.into)
     wanted = _wanted(args, source)
-    output = Output.at(args.out, args.into or args.model, args.overwrite)
-    source.check(list(source.models) if wanted.prompts else list(wanted.components))
+    output = Output.at(args.out, [path for path in (args.model, args.into) if path is not None], args.overwrite)
+    source.check(list(source.models))
     quiet_libraries(args.verbose)  # slow: it imports them
-    output.open(_settings(args, wanted))
+    output.open(_settings(args, source, wanted))
     try:
         writers, report = _quantized(args, source, wanted, output)
         output.write(source, writers, report)
@@ -126,8 +127,6 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
     components = _components(args, source)
     for recipe in components.values():
         recipe_of(recipe)
-    if args.states < 1 or args.rank is not None and args.rank < 0:
-        raise NunchakuError(f"--states and --rank: expected numbers above 0, got {args.states} and {args.rank}")
     if args.budget is not None:
         parse_size(args.budget, "--budget")
     given = [option for option in ("budget", "config", "into", "lora") if getattr(args, option)]
@@ -138,6 +137,8 @@ def _wanted(args: argparse.Namespace, source: Source) -> Wanted:
     if args.prompts is not None and source.index is None:
         raise NunchakuError(f"{source.path}: prompts need a whole pipeline to run, this is a model alone; "
                             f"--into PIPELINE_DIR names one")
+    if args.lora and not {"", *DENOISERS} & set(components):
+        raise NunchakuError(f"--lora: LoRAs are fused into a denoiser, and only {', '.join(components)} is quantized")
     if args.out.suffix.lower() == ".safetensors" and len(components) > 1:
         raise NunchakuError(f"{args.out}: one file holds one model, {len(components)} components are to be quantized")
     prompts = None if args.prompts is None else _prompts(args.prompts, source.call)
@@ -161,6 +162,8 @@ def _components(args: argparse.Namespace, source: Source) -> dict[str, str]:
     models = source.models
     chosen = dict(_pair(text, "--component", "NAME", args.recipe) for text in args.component)
     chosen = chosen or {name: args.recipe for name in source.placed or DENOISERS if name in models}
+    if left := next((name for name in source.placed if name not in chosen), None):
+        raise NunchakuError(f"--into: {source.placed[left]} is to be the {left}, which --component leaves out")
     unknown = [name for name in chosen if name not in models]
     if unknown or not chosen:
         what = f"component {unknown[0]!r}" if unknown else "transformer or unet"
@@ -198,14 +201,26 @@ def _prompt(line: str, where: str, usual: dict[str, Any]) -> str | dict[str, Any
     return {**usual, **checked_call(said, where)}
 
 
-def _settings(args: argparse.Namespace, wanted: Wanted) -> str:
+def _settings(args: argparse.Namespace, source: Source, wanted: Wanted) -> str:
     """What unfinished work depends on, beyond what the blocks themselves remember."""
-    prompts = hashlib.sha256(json.dumps(wanted.prompts).encode()).hexdigest()[:16]
     loras = [(str(path.resolve()), strength) for path, strength in args.lora or ()]
     more = {name: str(path.resolve()) for name in ("into", "config") if (path := getattr(args, name)) is not None}
+    states = _states_of(args, source, wanted.prompts) if wanted.prompts else None
     return json.dumps({"model": str(args.model.resolve()), **more, "loras": loras, "components": wanted.components,
-                       "preset": args.preset, "rules": wanted.rules, "prompts": prompts if wanted.prompts else None,
-                       "dtype": wanted.dtype, "mode": args.mode})
+                       "preset": args.preset, "rules": wanted.rules, "states": states, "dtype": wanted.dtype,
+                       "mode": args.mode})
+
+
+def _states_of(args: argparse.Namespace, source: Source, prompts: list[str | dict[str, Any]]) -> dict[str, Any]:
+    """What the calibration states are made of; of weights, which a run reads only later, when they were written."""
+    files = [*(file for path in source.models.values() for file in weight_files(path)),
+             *(path for path, _ in args.lora or ())]
+    made = {str(file.resolve()): (file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()}
+    return {"prompts": _digest(prompts), "count": args.states, "seed": args.seed, "files": _digest(made)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output: Output) -> tuple[Writers, Any]:
@@ -216,8 +231,8 @@ def _quantized(args: argparse.Namespace, source: Source, wanted: Wanted, output:
         try:
             return _streamed(args, source, wanted, output)
         except NotStreamable as reason:
-            if args.lora or source.placed:
-                raise NunchakuError(f"{reason}, so --lora and --into do not work with it") from reason
+            if args.lora or source.placed or args.budget:
+                raise NunchakuError(f"{reason}, so --budget, --lora and --into do not work with it") from reason
             print(f"note: {reason}: it is read into memory as a whole", file=sys.stderr)
     return _in_memory(args, source, wanted, output)
 
@@ -234,6 +249,8 @@ def _streamed(args: argparse.Namespace, source: Source, wanted: Wanted, output: 
     dtype = torch_dtype(wanted.dtype)
     opening = Opening(dtype, device, config, args.lora or (), whole=args.budget is None, say=print)
     homes = opening.all(source.components, wanted.components, beside)
+    for name in filter(None, source.placed):
+        source.check_class(name, type(homes[name].model).__name__)
     calibration = None
     if wanted.prompts:
         calibration = Calibration(source.path, dtype, wanted.prompts, args.states, not args.no_feedback)

@@ -112,6 +112,12 @@ class Source:
         path = self.path.resolve()
         return dict(shipped.CALLS[path.name]) if path.parent == shipped.WEIGHTS.resolve() else read_call(path)
 
+    def check_class(self, name: str, cls: str) -> None:
+        """Refuse a model of another class than the pipeline has there."""
+        expected = self.index[name][-1]
+        if cls != expected:
+            raise NunchakuError(f"--into: the {name} of {self.path} is a {expected}, and {self.placed[name]} a {cls}")
+
     def check(self, names: Iterator[str] | list[str]) -> None:
         """Refuse truncated or corrupted weights before anything is built from them."""
         for name in names:
@@ -137,7 +143,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def tensor_files(path: Path) -> list[Path]:
-    return [file for file in weight_files(path) if file.suffix == ".safetensors"]
+    return [file for file in weight_files(path) if file.suffix in (".safetensors", ".sft")]
 
 
 def weight_bytes(folder: Path) -> int:
@@ -177,10 +183,15 @@ def load_model(folder: Path, dtype: str) -> Any:
     """One model, in eval mode, on the CPU."""
     from ..checkpoint.build import model_class
     from ..checkpoint.own import dtype_argument
+    from ..checkpoint.validate import some
 
     with loading(folder):
         cls = model_class(read_json(folder / "config.json"), str(folder))
-        return cls.from_pretrained(folder, **dtype_argument(torch_dtype(dtype)), local_files_only=True).eval()
+        model = cls.from_pretrained(folder, **dtype_argument(torch_dtype(dtype)), local_files_only=True).eval()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:  # which diffusers leaves empty
+        raise NunchakuError(f"{folder}: {len(missing)} tensors of {cls.__name__} are missing: {some(missing)}")
+    return model
 
 
 def load_pipeline(folder: Path, dtype: str, **components: Any) -> Any:

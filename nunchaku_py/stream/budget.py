@@ -57,7 +57,7 @@ def _total(needs: Iterable[Need]) -> int:
 def needs_of(run: StreamedRun, states: Sequence[State] | None) -> list[Need]:
     """Of the device that computes. states: None without calibration; empty while they are not known yet."""
     home, blocks = run.residence, run.blocks
-    largest = max(nbytes(home, block) for block in blocks)
+    largest = max(nbytes(home, block) for block in home.blocks)
     found = [Need("for a block in 16 and 4 bits", largest + largest // 3),
              Need("for the weights that are quantized together", max(map(_job_bytes, _jobs(run))))]
     if home.device.type == "cpu":

@@ -1,7 +1,7 @@
 """Quantizing models straight from their files: opens them, finds calibration states, runs, and knows how to write."""
 from __future__ import annotations
 
-import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,9 @@ import torch
 
 from ..calibrate import State
 from ..checkpoint.build import model_class
-from ..checkpoint.own import dtype_argument
+from ..checkpoint.own import dtype_argument, write_then_rename
 from ..errors import NunchakuError
-from ..folders import DENOISERS
+from ..folders import DENOISERS, read_json
 from ..quantize import Settings, runs_of
 from ..recipes import Recipe
 from ..report import Report, merged
@@ -140,12 +140,14 @@ def _states(homes: Mapping[str, Streamed], names: list[str], settings: Settings,
 
 def _pipeline(calibration: Calibration, homes: Mapping[str, Streamed], device: torch.device) -> Any:
     """The pipeline's own class over empty models; whatever else belongs to it is loaded."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     folder, empty = calibration.folder, {name: home.model for name, home in homes.items()}
+    named = read_json(folder / "model_index.json").get("_class_name")
+    # the base class would not hear of models that are optional in the pipeline's own, and load them
+    cls = getattr(diffusers, str(named), diffusers.DiffusionPipeline)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, **empty, **dtype_argument(calibration.dtype),
-                                                 local_files_only=True)
+        pipe = cls.from_pretrained(folder, **empty, **dtype_argument(calibration.dtype), local_files_only=True)
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name not in homes:
                 part.to(device)
@@ -155,11 +157,14 @@ def _pipeline(calibration: Calibration, homes: Mapping[str, Streamed], device: t
 
 
 def _keep(states: Mapping[str, list[State]], path: Path) -> None:
-    """For the same command after an interruption. Arguments that are neither tensors nor plain values are not kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({name: [(state.args, state.kwargs) for state in found] for name, found in states.items()}, partial)
-    os.replace(partial, path)
+    """For the same command after an interruption. States with arguments that cannot be pickled are not kept."""
+    held = {name: [(state.args, state.kwargs) for state in found] for name, found in states.items()}
+    try:
+        write_then_rename(path, lambda partial: torch.save(held, partial))
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise NunchakuError(f"{path}: cannot be written: {error}") from error
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return
 
 
 def _read(path: Path, names: list[str]) -> dict[str, list[State]] | None:

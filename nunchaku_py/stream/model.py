@@ -1,7 +1,7 @@
 """An empty model as a folder describes it, and how its tensors are called in the files there."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ def described(config: dict[str, Any], weights: Weights, dtype: torch.dtype) -> n
     model = empty_model(config, len(weights.tensors), nbytes, weights.label).eval().requires_grad_(False)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
+    if not hasattr(model, "register_to_config"):  # transformers notes the type that it loads a model in
+        for part in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
     kept = _kept_in_fp32(model, dtype)
     for name, module in model.named_modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -49,14 +53,20 @@ def streamed(model: nn.Module, weights: Weights, device: torch.device | str = "c
 
 
 def names_in_files(model: nn.Module, weights: Weights) -> Mapping[str, str] | None:
-    """Name in the model → name in the files: the same, or with one component more or less in front."""
+    """Name in the model → name in the files: the same, or with one component more in front; None where what is
+    missing may be there under names of another kind."""
     tensors, aliases = weights.tensors, tied(model)
     state = model.state_dict(keep_vars=True)
-    wanted = [name for name, tensor in state.items() if tensor.is_meta and name not in aliases]
+    optional = {*aliases, *aliases.values()}
+    wanted = [name for name, tensor in state.items() if tensor.is_meta and name not in optional]
     fronts = {name.partition(".")[0] + "." for name in tensors}
     forms = [lambda name: name, *((lambda name, front=front: front + name) for front in fronts)]
-    tied_to = set(aliases.values())
-    for form in forms:
-        if all(form(name) in tensors or name in tied_to for name in wanted):
-            return {name: form(name) for name in (*wanted, *aliases) if form(name) != name}
-    return None
+
+    def missing(form: Callable[[str], str]) -> int:
+        return sum(form(name) not in tensors for name in wanted)
+
+    best = min(forms, key=missing)
+    unknown = set(tensors).difference(map(best, state))
+    if 0 < missing(best) <= len(unknown):
+        return None
+    return {name: best(name) for name in (*wanted, *optional) if best(name) != name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,7 +38,7 @@ class StreamedPipeline:
             gates = {(name, block): Gate(home.model, f"{name}/{block}", home.model.get_submodule(block))
                      for name, home in self.homes.items() for block in home.blocks}
             stack.enter_context(closed({gate.name: gate for gate in gates.values()}))
-            lanes = [Lane(recorder.running(run, _with_own_scheduler(self.pipe)), self.device) for run in runs]
+            lanes = [Lane(recorder.running(run, _with_own_state(self.pipe)), self.device) for run in runs]
             stack.enter_context(stopped_at_the_end(lanes))
             homes = stack.enter_context(_Homes(self.homes, self.denoisers))
             with sentence_of(type(self.pipe).__name__):
@@ -78,20 +79,24 @@ class _Homes:
 
 
 class _Together:
-    """Drives the lanes: the block at which the least advanced ones are held comes next, and they all run it."""
+    """Drives the lanes: the block at which the least advanced ones are held comes next, and they all run it. A denoiser
+    begins when no lane is held at a text encoder any more, whose memory it takes."""
 
     def __init__(self, lanes: list[Lane], places: Mapping[str, tuple[str, str]], homes: _Homes, bar: Progress) -> None:
         self.lanes, self.places, self.homes, self.bar = lanes, places, homes, bar
-        self.visits = dict.fromkeys(lanes, 0)
+        self.visits: Counter[tuple[Lane, bool]] = Counter()  # of text encoders, and (True) of denoisers
 
     def run(self) -> None:
         for number, lane in enumerate(self.lanes, 1):
             self.bar.say(f"prompt {number} of {len(self.lanes)}")
             lane.go()
         while held := [lane for lane in self.lanes if lane.at is not None]:
-            least = min(map(self.visits.__getitem__, held))
-            first = next(lane for lane in held if self.visits[lane] == least)
-            self.visit([lane for lane in held if lane.at == first.at and self.visits[lane] == least])
+            first = min(held, key=self.advance)
+            self.visit([lane for lane in held if lane.at == first.at and self.advance(lane) == self.advance(first)])
+
+    def advance(self, lane: Lane) -> tuple[bool, int]:
+        denoising = self.places[lane.at][0] in self.homes.last
+        return denoising, self.visits[lane, denoising]
 
     def visit(self, lanes: list[Lane]) -> None:
         name, block = self.places[lanes[0].at]
@@ -101,8 +106,9 @@ class _Together:
                 self.bar.say(f"{name}: {block}, {len(lanes)} prompts")
                 lane.go()  # through the block
         for lane in lanes:
-            self.visits[lane] += 1
-            if name in self.homes.last:
+            denoising, _ = self.advance(lane)
+            self.visits[lane, denoising] += 1
+            if denoising:
                 self.bar.advance(1)
             lane.go()  # to the next
 
@@ -145,10 +151,14 @@ class _Recorder:
         return found
 
 
-def _with_own_scheduler(pipe: Any) -> Any:
-    """The same models; what changes in the course of a call is its own."""
+def _with_own_state(pipe: Any) -> Any:
+    """The same models and tokenizers; schedulers and guiders, which change in the course of a call, are its own."""
+    from diffusers import ConfigMixin
+
     own = copy.copy(pipe)
-    own.scheduler = copy.deepcopy(pipe.scheduler)
+    for name, part in pipe.components.items():
+        if isinstance(part, ConfigMixin) and not isinstance(part, nn.Module):
+            setattr(own, name, copy.deepcopy(part))
     return own
 
 

@@ -12,7 +12,7 @@ from ..errors import NunchakuError
 from ..linear import QuantizedSite
 from ..residence import Residence
 from .heap import give_back
-from .weights import Weights
+from .weights import FLOATS, Weights
 
 
 class Streamed(Residence):
@@ -113,7 +113,8 @@ def tied(model: nn.Module) -> dict[str, str]:
 
 
 def check_complete(streamed: Streamed) -> None:
-    """Refuse files that lack a tensor of the model, or have it in another shape, before anything is done."""
+    """Refuse files that lack a tensor of the model, or have it in another shape or as no float, before anything is
+    done."""
     wanted = {name: streamed.stored(name) for names in streamed.names.values() for name in names}
     tensors = streamed.weights.tensors
     missing = [name for name, stored in wanted.items() if stored not in tensors]
@@ -122,6 +123,9 @@ def check_complete(streamed: Streamed) -> None:
                             f"missing: {some(missing)}")
     state = streamed.model.state_dict(keep_vars=True)
     for name, stored in wanted.items():
+        if state[name].is_floating_point() and tensors[stored].dtype not in FLOATS:
+            raise NunchakuError(f"{streamed.weights.label}: {name}: expected one of {', '.join(FLOATS)}, got "
+                                f"{tensors[stored].dtype}: quantizing needs 16-bit weights")
         if tuple(state[name].shape) != tuple(tensors[stored].shape):
             raise NunchakuError(f"{streamed.weights.label}: {name}: expected {tuple(state[name].shape)}, "
                                 f"got {tuple(tensors[stored].shape)}")

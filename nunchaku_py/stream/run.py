@@ -23,6 +23,11 @@ class StreamedRun(Run):
 
     residence: Streamed | None = None
 
+    @property
+    def kept_blocks(self) -> list[str]:
+        changed = self.blocks
+        return [block for block in self.residence.blocks if block not in changed]
+
     def quantize_block(self, block: str, stats: Mapping[Unit, Stats]) -> dict[str, Quantized]:
         if self.finished is None:
             raise NunchakuError("a streamed run needs a folder for its finished blocks")
@@ -43,5 +48,6 @@ def streamed_run(home: Streamed, recipe: Recipe, settings: Settings) -> Streamed
     """Decides what becomes of every linear, and refuses what can be refused without its weights."""
     run = StreamedRun(*planned(home.model, recipe, settings), mode=settings.mode)
     run.engine.check_shapes(run.jobs, home.model)
-    run.residence = Streamed(home.model, run.blocks, home.weights, home.device, home.renamed)
+    blocks = dict.fromkeys((*home.blocks, *run.blocks))
+    run.residence = Streamed(home.model, blocks, home.weights, home.device, home.renamed)
     return run

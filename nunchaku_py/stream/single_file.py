@@ -20,9 +20,8 @@ from ..lora.keys import parse
 from .configs import config_of, found_config
 from .fp8 import in_16_bit
 from .lazy import LazyTensor, evaluate, lazy, names_in
-from .weights import Source, Weights
+from .weights import FLOATS, Source, Weights
 
-FLOATS = ("BF16", "F16", "F32")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of the denoiser, beside text encoders and VAE
 _UNET = "UNet2DConditionModel"  # diffusers' converter of it wants the first prefix, others do well without
 _QUANTIZED = ("qweight", "codes", "absmax", "quant_state", "quant_map", "weight_packed", "SCB", "weight_scale_2")

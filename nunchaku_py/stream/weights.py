@@ -13,6 +13,7 @@ from ..checkpoint.validate import some
 from ..errors import NunchakuError
 from ..folders import read_json
 
+FLOATS = ("BF16", "F16", "F32")
 _INDEX = ".safetensors.index.json"
 _USUAL = ("diffusion_pytorch_model", "model")
 

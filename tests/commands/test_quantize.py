@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def single(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("files") / "fine-tune.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in makers.prefixed(state).items()}, file)
     return file
+
+
+@pytest.fixture(scope="module")
+def others(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder whose tensors have names that are not those of its class."""
+    folder = tmp_path_factory.mktemp("models") / "text_encoder"
+    shutil.copytree(flux / "text_encoder", folder)
+    file = next(folder.glob("*.safetensors"))
+    save_file({f"a.b.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    return folder
 
 
 def run(*argv: Any) -> None:
@@ -97,6 +108,40 @@ def test_a_lora_is_in_the_weights_that_are_quantized(flux: Path, tmp_path: Path,
         assert (found[name] != expected[name]).float().mean() < 0.05 * (plain[name] != expected[name]).float().mean()
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".sft"])
+def test_a_file_is_quantized_in_its_own_type(suffix: str, flux: Path, single: Path, tmp_path: Path) -> None:
+    save_file({name: tensor.half() for name, tensor in load_file(single).items()}, tmp_path / f"half{suffix}")
+    run("quantize", tmp_path / f"half{suffix}", tmp_path / "out", "--config", flux, *FAST)
+    made = load_file(tmp_path / "out" / Path(WEIGHTS).name)
+    assert torch.bfloat16 not in {tensor.dtype for tensor in made.values()}
+
+
+def test_a_model_read_as_a_whole_must_be_whole(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(flux / "transformer", tmp_path / "model")
+    file, name = next((tmp_path / "model").glob("*.safetensors")), "x_embedder.weight"
+    tensors = load_file(file)
+    save_file({f"another.{key}" if key == name else key: tensor for key, tensor in tensors.items()}, file)
+    assert cli.main(["quantize", str(tmp_path / "model"), str(tmp_path / "out"), *FAST]) == 1
+    assert f"1 tensors of FluxTransformer2DModel are missing: {name}" in capsys.readouterr().err
+
+
+def test_a_disk_too_full_for_copies_is_told_in_a_sentence(flux: Path, tmp_path: Path, refuses: Any,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device"), ("c", "d", "the same")])
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    assert "out: cannot be written: [Errno 28] No space left on device\n" in refuses("quantize", flux, tmp_path / "out",
+                                                                                   *FAST)
+
+
+def test_a_damaged_part_is_refused_even_if_it_is_only_copied(flux: Path, tmp_path: Path, refuses: Any) -> None:
+    shutil.copytree(flux, tmp_path / "pipe")
+    file = next((tmp_path / "pipe/vae").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    assert "cut short" in refuses("quantize", tmp_path / "pipe", tmp_path / "out", *FAST)
+
+
 MISTAKES = {
     "pickle": (["{tmp}/model.ckpt", "{tmp}/o"], "is a pickle"),
     "lora as a model": (["{lora}", "{tmp}/o"], "is a LoRA, no model"),
@@ -107,6 +152,15 @@ MISTAKES = {
     "in memory": (["{single}", "{tmp}/o", "--in-memory"], "only whole folders"),
     "lora in memory": (["{flux}", "{tmp}/o", "--in-memory", "--lora", "{lora}"], "without --lora"),
     "a model as a lora": (["{flux}", "{tmp}/o", "--lora", "{single}"], "fine-tune.safetensors"),
+    "a component without the file": (["{single}", "{tmp}/o", "--into", "{flux}", "--component", "text_encoder"],
+                                     "is to be the transformer, which --component leaves out"),
+    "a text encoder as a denoiser": (["{flux}/text_encoder", "{tmp}/o", "--into", "{flux}"],
+                                     "is a FluxTransformer2DModel, and"),
+    "lora of a text encoder": (["{flux}", "{tmp}/o", "--component", "text_encoder", "--lora", "{lora}"],
+                               "fused into a denoiser"),
+    "a budget and names of others": (["{others}", "{tmp}/o", "--budget", "8GB"], "so --budget"),
+    "over the file": (["{single}", "{single}", "--into", "{flux}", "--overwrite"], "would replace the model"),
+    "over its folder": (["{single}", "{single}/..", "--into", "{flux}", "--overwrite"], "would replace the model"),
     "budget": (["{flux}", "{tmp}/o", "--budget", "a lot"], "--budget: expected a size"),
     "too small a budget": (["{flux}", "{tmp}/o", "--budget", "100MB"], "takes about"),
     "missing": (["{tmp}/absent.gguf", "{tmp}/o"], "no such file"),
@@ -114,9 +168,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, flux: Path, single: Path, tmp_path: Path, refuses: Any) -> None:
+def test_mistakes(name: str, flux: Path, single: Path, others: Path, tmp_path: Path, refuses: Any) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     argv, expected = MISTAKES[name]
-    filled = [arg.format(tmp=tmp_path, flux=flux, single=single, lora=shipped.lora(LORA)) for arg in argv]
+    filled = [arg.format(tmp=tmp_path, flux=flux, single=single, lora=shipped.lora(LORA), others=others)
+              for arg in argv]
     assert expected in refuses("quantize", *filled, *FAST)
     assert [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]

@@ -30,6 +30,7 @@ from nunchaku_py.stream.run import StreamedRun
 from tests.checks import QUICK, files_in
 from tests.tiny import MODELS
 from tests.tiny_pipelines import flux_prompt
+from tests.tiny_text import TEXT_ENCODERS
 
 BF16 = torch.bfloat16
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 3}
@@ -74,6 +75,24 @@ def test_the_bytes_of_every_architecture_are_those_of_quantizing_in_memory(name:
     same_files(tmp_path / "whole", tmp_path / "streamed")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", sorted(TEXT_ENCODERS))
+def test_text_encoders_in_another_type_than_their_files(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of which transformers keeps parts in fp32, and notes the type in the config."""
+    model, _ = TEXT_ENCODERS[name]()
+    model.save_pretrained(tmp_path / "plain")
+    recipe = RECIPES["w4a16-int4"]
+    home = {"": Opening(dtype).one("", tmp_path / "plain")}
+    runs, _ = quantize_files(home, {"": recipe}, Settings(), tmp_path / "work")
+    whole = type(model).from_pretrained(tmp_path / "plain", dtype=dtype)
+    nq.quantize(whole, recipe)
+    for form in ("", ".safetensors"):
+        files.write(runs[""], tmp_path / f"made/streamed{form}")
+        nq.save(whole, tmp_path / f"made/whole{form}")
+    same_files(tmp_path / "made/whole", tmp_path / "made/streamed")
+    assert (tmp_path / "made/whole.safetensors").read_bytes() == (tmp_path / "made/streamed.safetensors").read_bytes()
+
+
 def test_one_file(flux: Path, tmp_path: Path) -> None:
     done = run(flux, tmp_path / "work", RECIPES["rtn-nvfp4"])
     files.write(done, tmp_path / "streamed.safetensors")
@@ -83,10 +102,11 @@ def test_one_file(flux: Path, tmp_path: Path) -> None:
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "streamed.safetensors").read_bytes()
 
 
-def calibrated(pipeline: Path, names: dict[str, Any], work: Path, feedback: bool = True) -> tuple[dict, Any]:
+def calibrated(pipeline: Path, names: dict[str, Any], work: Path, feedback: bool = True, **settings: Any
+               ) -> tuple[dict, Any]:
     parts = {part.name: part for part in pipeline.iterdir() if any(part.glob("*.safetensors"))}
     homes = Opening(BF16).all(parts, names, set(parts) - set(names))
-    return quantize_files(homes, names, Settings(), work, Calibration(pipeline, BF16, PROMPTS, 5, feedback))
+    return quantize_files(homes, names, Settings(**settings), work, Calibration(pipeline, BF16, PROMPTS, 5, feedback))
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -141,6 +161,26 @@ def test_one_block_at_a_time_is_in_memory(flux: Path, tmp_path: Path, monkeypatc
     for block, names in seen.items():
         assert names and all(name.startswith(f"{block}.") for name in names)
     assert not held(done.model) and not any(held(module) for module in done.originals.values())
+
+
+def test_blocks_that_a_rule_keeps_are_not_in_memory_either(pipeline: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, seen = "transformer_blocks.0.", []
+    whole = StreamedRun.quantize_block
+
+    def watched(self: StreamedRun, block: str, stats: Any) -> Any:
+        seen.append(held(self.model))
+        return whole(self, block, stats)
+
+    monkeypatch.setattr(StreamedRun, "quantize_block", watched)
+    rules = {f"{kept}*": "keep"}
+    runs, _ = calibrated(pipeline, {"transformer": QUICK}, tmp_path / "work", rules=rules)
+    assert seen and not any(name.startswith(kept) for names in seen for name in names)
+    files.write(runs["transformer"], tmp_path / "streamed")
+    pipe = flux_prompt()[0]
+    nq.quantize(pipe, QUICK, PROMPTS, states=5, rules=rules)
+    nq.save(pipe.transformer, tmp_path / "whole")
+    same_files(tmp_path / "whole", tmp_path / "streamed")
 
 
 def test_text_encoders_give_their_memory_to_the_denoiser(pipeline: Path, tmp_path: Path,
@@ -246,10 +286,12 @@ def changed(flux: Path, to: Path, change: Any) -> Path:
 def test_damaged_models_are_refused_in_a_sentence(flux: Path, tmp_path: Path) -> None:
     name = "transformer_blocks.1.attn.to_q.weight"
     lacking = changed(flux, tmp_path / "lacking", lambda tensors: tensors.pop(name))
-    with pytest.raises((NunchakuError, NotStreamable), match="names that only|missing"):
+    with pytest.raises(NunchakuError, match=f"1 tensors of FluxTransformer2DModel are missing: {name}"):
         Opening(BF16).one("", lacking)
     with pytest.raises(NunchakuError, match=r"transformer_blocks.1.attn.to_q.weight: expected \(\d+, \d+\), got"):
         Opening(BF16).one("", changed(flux, tmp_path / "shape", lambda t: t.update({name: torch.zeros(3, 5)})))
+    with pytest.raises(NunchakuError, match="attn.to_q.weight: expected one of BF16, F16, F32, got I8"):
+        Opening(BF16).one("", changed(flux, tmp_path / "int8", lambda t: t.update({name: t[name].to(torch.int8)})))
     nan = changed(flux, tmp_path / "nan", lambda tensors: tensors[name].fill_(torch.nan))
     with pytest.raises(NunchakuError, match="to_q.weight: holds NaN or infinite"):
         run(nan, tmp_path / "work")
