@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.flux_size import BF16, WEIGHTS, Shards, meta_model
+from benchmarks.flux_size import BF16, WEIGHTS, Shards, meta_flux
 
 SIZE = (19, 38)  # double and single blocks of FLUX.1-dev
 LARGE = 6  # of a weight's input channels
@@ -54,7 +54,7 @@ def tensors(shapes: dict[str, torch.Size], generator: torch.Generator) -> Iterat
 
 
 def build(folder: Path, double: int, single: int, seed: int = 0) -> None:
-    started, model = time.monotonic(), meta_model(double, single)
+    started, model = time.monotonic(), meta_flux(double, single)
     blocks = [*(f"transformer_blocks.{i}." for i in range(double)),
               *(f"single_transformer_blocks.{i}." for i in range(single))]
     shards, state = Shards(folder, len(blocks) + 1), model.state_dict()

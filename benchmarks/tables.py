@@ -22,9 +22,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 import nunchaku_py as nq
-from benchmarks import machine
-from benchmarks.flux_size import gigabytes, step_inputs
+from benchmarks.flux_size import TEXT, gigabytes, sides
 from benchmarks.shapes import CONFIGS
+from nunchaku_py.bench import machine
+from nunchaku_py.bench.inputs import inputs_of
 from nunchaku_py.engine import Engine, jobs_of
 from nunchaku_py.linear import QuantLinear
 from nunchaku_py.models.plan import plan
@@ -154,7 +155,7 @@ def memory(folder: Path, steps: int, tokens: int, run: int = 3) -> Iterator[str]
     model = nq.load(folder)
     pipe = Pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), {"transformer": model})
     pipe.scheduler.set_timesteps(steps)
-    inputs, found = step_inputs(model, tokens), []
+    inputs, found = inputs_of(model, *sides(tokens), TEXT, batch=1), []
     for enabled in (False, True):
         nq.cache_modulation(pipe, enabled)
         for step in pipe.scheduler.timesteps[:run]:

@@ -1,14 +1,16 @@
 """The larger benchmark programs, on tiny models."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import blocks, flux_size, plot, shapes
+from benchmarks import blocks, flux_folder, flux_quantize, flux_size, plot
 from benchmarks.contenders import BASELINE
 from benchmarks.gpu_models import TINY
 from benchmarks.rows import Row, RowFile, read
+from nunchaku_py.bench.known import KNOWN
 
 
 @pytest.mark.parametrize(("double", "single", "path"), [(1, 0, "transformer_blocks.0"),
@@ -26,7 +28,7 @@ def test_rows_of_a_block(double: int, single: int, path: str) -> None:
 @pytest.mark.parametrize("distinct", ("1", "0"))
 def test_a_model_is_written_block_by_block_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture, distinct: str) -> None:
-    monkeypatch.setitem(shapes.CONFIGS, "flux", ("FluxTransformer2DModel", TINY))
+    monkeypatch.setitem(KNOWN, "flux.1-dev", replace(KNOWN["flux.1-dev"], config=TINY))
     common = ["--folder", str(tmp_path / "model"), "--threads", "1"]
     flux_size.build(flux_size.arguments(["build", *common, "--double", "2", "--single", "2", "--distinct", distinct]))
     out = tmp_path / "step.csv"
@@ -34,6 +36,21 @@ def test_a_model_is_written_block_by_block_and_steps(tmp_path: Path, monkeypatch
     assert "finite, " in capsys.readouterr().out
     row, = read([out])
     assert row["op"] == "step" and row["shape"].endswith("2 + 2 blocks") and float(row["peak_bytes"]) > 0
+
+
+def test_a_16_bit_folder_is_made_and_quantized_the_same_after_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                    capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(KNOWN, "flux.1-dev", replace(KNOWN["flux.1-dev"], config=TINY))
+    flux_folder.build(tmp_path / "flux", 1, 1)
+    common = ["program", str(tmp_path / "flux")]
+    monkeypatch.setattr("sys.argv", [*common, str(tmp_path / "whole"), "--out", str(tmp_path / "rows.csv")])
+    flux_quantize.main()
+    row, = read([tmp_path / "rows.csv"])
+    assert row["within"] == "yes" and 0.1 < float(row["peak"]) < 2
+    monkeypatch.setattr("sys.argv", [*common, str(tmp_path / "again"), "--killed", "1", "--between", "3", "5", "--like",
+                                     str(tmp_path / "whole")])
+    flux_quantize.main()
+    assert "identical to" in capsys.readouterr().out
 
 
 def rows_file(path: Path) -> Path:
