@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: a test that would fetch something fails at once
 
@@ -11,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run here, in Python
 
+# A shell's background job inherits that Ctrl-C is ignored, and its children from it; some tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # on tensors this small, threads wait for each other far longer than they work
 
 

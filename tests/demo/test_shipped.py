@@ -125,7 +125,7 @@ def test_prompts_are_no_longer_than_the_tokenizers_know():
     known = inspect.signature(pipe.__call__).parameters
     longest = pipe.tokenizer.model_max_length
     assert longest > pipe.tokenizer_2.model_max_length
-    assert generate._longest_prompt(pipe, known) == {"max_sequence_length": longest}
+    assert generate.longest_prompt(pipe, known) == {"max_sequence_length": longest}
     pipe.tokenizer.model_max_length = pipe.tokenizer_2.model_max_length = 10**30  # none: how transformers says so
-    assert generate._longest_prompt(pipe, known) == {}
-    assert generate._longest_prompt(pipe, {}) == {}
+    assert generate.longest_prompt(pipe, known) == {}
+    assert generate.longest_prompt(pipe, {}) == {}
