@@ -320,3 +320,22 @@ def test_the_limit_is_kept() -> None:
         found = tables(pipe.transformer)
         assert found.bytes == kept * row and len(found.order) == kept
         assert found.bytes == sum(table.nbytes() for _, table in tables_of(pipe.transformer))
+
+
+def test_an_interruption_leaves_tables_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C just after an output has come into the table."""
+    pipe, arguments, found = quantized_pipeline()
+    compute = store.LinearTable.compute
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        compute(*given, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store.LinearTable, "compute", interrupted)
+        draw(pipe, arguments)
+    assert agree(pipe, arguments) and found.counts.hits
+    for linear in modulation_linears(pipe.transformer).values():
+        linear.bias.add_(1)
+    assert agree(pipe, arguments)
+    assert found.bytes == sum(table.nbytes() for _, table in tables_of(pipe.transformer))

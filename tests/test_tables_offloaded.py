@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import nunchaku_py as nq
+from nunchaku_py import NunchakuError
 from nunchaku_py.demo import shipped
+from nunchaku_py.tables import modulation_linears
+from tests.tabled import quantized_model
 
 CALL = {**shipped.CALLS["tiny-flux"], "prompt": "a red circle", "output_type": "pt"}
 
@@ -34,3 +38,24 @@ def test_beside_offloading_the_pictures_are_the_same(memory: dict, tables_first:
     assert ("not used: offloading brings" in said) == ("vram" in memory), said
     nq.offload(pipe)
     assert torch.equal(picture(pipe), expected)
+
+
+def test_weights_on_the_host_of_a_model_on_a_gpu_are_not_streamed() -> None:
+    model, _ = quantized_model()
+    nq.cache_modulation(model)
+    linear = model.transformer_blocks[0].norm1.linear
+    linear._apply(lambda tensor: SimpleNamespace(device=torch.device("cuda"), dtype=tensor.dtype))
+    with pytest.raises(NunchakuError, match=r"while it is on a GPU; call nq.cache_modulation\(model, False"):
+        nq.offload(model, vram="4GB", device="cpu")
+    assert not hasattr(model, "nunchaku_offload") and linear.berth is None
+
+
+@pytest.mark.gpu
+def test_tables_of_a_model_that_is_streamed_leave_its_weights_where_streaming_puts_them() -> None:
+    model, _ = quantized_model()
+    nq.offload(model, vram="1GB")  # everything stays on the GPU
+    nq.cache_modulation(model)
+    assert all(site.codes.is_cuda for site in modulation_linears(model).values())
+    nq.offload(model, None)
+    nq.cache_modulation(model, False)
+    assert {tensor.device.type for tensor in model.parameters()} == {"cpu"}

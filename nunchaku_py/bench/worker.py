@@ -267,7 +267,3 @@ class Subject:
         import torch
 
         return {"device_peak_bytes": torch.cuda.max_memory_allocated()}
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,9 @@ from ..errors import NunchakuError
 from .headers import TensorHeader
 
 PAGE = mmap.PAGESIZE
-CAN_DROP = sys.platform == "linux"  # elsewhere the call is missing, or only a hint
+PAGEMAP = "/proc/self/pagemap"  # 8 bytes for each page of this process
+# Elsewhere the call is missing, or only a hint; and it must be known what has been written.
+CAN_DROP = sys.platform == "linux" and os.access(PAGEMAP, os.R_OK)
 # On Linux: without setting aside memory for what might be written to it, which there may not be.
 _FLAGS = ({"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
           if sys.platform == "linux" else {"access": mmap.ACCESS_COPY})
@@ -54,8 +57,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 
 def spans_of(tensors: Iterable[torch.Tensor]) -> list[Span]:
-    """Whole pages of mapped files that hold nothing but these tensors, as they were in the file: pages that have been
-    written to would lose what was written."""
+    """Whole pages of mapped files that hold nothing but these tensors, none of which torch saw changed."""
     found = sorted((span for span in map(_span_of, tensors) if span), key=lambda span: (span[0].address, span[1]))
     joined: list[list] = []
     for mapping, start, stop in found:
@@ -68,9 +70,21 @@ def spans_of(tensors: Iterable[torch.Tensor]) -> list[Span]:
 
 
 def drop(spans: Iterable[Span]) -> None:
-    """These pages are no memory of the process any more; reading them brings them back."""
-    for mapping, start, stop in spans:
-        mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    """These pages are no memory of the process any more; reading them brings them back. Those that have been written to
+    stay: torch does not count what is written to a parameter's `.data`, as PEFT does where it fuses adapters."""
+    for mapping, begin, end in spans:
+        for start, stop in _unwritten(mapping.address + begin, mapping.address + end):
+            mapping.madvise(mmap.MADV_DONTNEED, start - mapping.address, stop - start)
+
+
+def _unwritten(start: int, stop: int) -> list[tuple[int, int]]:
+    """Parts of whole pages of a mapped file without the pages that this process has copies of."""
+    with open(PAGEMAP, "rb", buffering=0) as file:
+        pages = os.pread(file.fileno(), (stop - start) // PAGE * 8, start // PAGE * 8)
+    flags = torch.frombuffer(bytearray(pages), dtype=torch.int64) >> 61 & 7  # in memory, in swap, a page of the file
+    copies = [-1, *((flags > 1) & (flags & 1 == 0)).nonzero().flatten().tolist(), len(flags)]
+    return [(start + (before + 1) * PAGE, start + after * PAGE)
+            for before, after in zip(copies, copies[1:], strict=False) if after > before + 1]
 
 
 def will_need(spans: Iterable[Span]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..linear import QuantizedSite
 from ..module_tools import Berth
 from .lanes import host_memory
-from .tensors import Held, Layout, held_by, move, tensors_of, version_of
+from .tensors import Held, Layout, fused_in, held_by, move, tensors_of, version_of
 
 
 class Block:
@@ -22,7 +23,8 @@ class Block:
         self.order: list[int] = []  # which of them each place of the module holds
         self.host, self.layout = torch.empty(0, dtype=torch.uint8), Layout([])
         self.views: dict[int, list[Tensor]] = {}  # by buffer; of a slot, or -1: in host memory
-        self.copied = self.bound = -1  # versions: of what has been copied, of what it was when it came
+        self.copied: Any = None  # by what `_stored` says, of what has been copied
+        self.bound = -1  # version of what it was when it came
 
     # ---------------------------------------------------------------------------------------------------- on the device
     @torch.inference_mode(False)
@@ -54,7 +56,7 @@ class Block:
         """Pack and store it anew: its tensors have been changed, replaced or joined by others."""
         self.pack()
         self.store()
-        self.copied = -1
+        self.copied = None
 
     # ------------------------------------------------------------------------------------------------ coming and going
     def put_away(self) -> None:
@@ -74,7 +76,7 @@ class Block:
 
     def source(self) -> Tensor:
         """What is to be copied now."""
-        self.copied = self._version(self.host)
+        self.copied = self._stored()
         return self.host[:self.layout.nbytes]
 
     def changed_away(self) -> bool:
@@ -82,7 +84,7 @@ class Block:
 
     def outdated(self) -> bool:
         """Whether its values are others than those copied last."""
-        return self.copied != self._version(self.host)
+        return self.copied != self._stored()
 
     def changed_within(self, slot: int, buffer: Tensor) -> bool:
         return self.bound != self._version(buffer) or not self._intact(slot)
@@ -104,6 +106,10 @@ class Block:
         views = self.views[buffer]
         return all(tensor is self.tensors[number].tensor and tensor.data_ptr() == views[number].data_ptr()
                    for tensor, number in zip(found, self.order, strict=True))
+
+    def _stored(self) -> tuple:
+        """Changes with the values in host memory."""
+        return self._version(self.host), fused_in(self.module.modules())
 
     def _version(self, buffer: Tensor) -> int:
         """Views count with their buffer, parameters for themselves."""

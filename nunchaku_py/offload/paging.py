@@ -26,8 +26,8 @@ class Paging(NotCopied):
         self.model, self.budget = model, budget
         self.handles: list[Any] = []
         if not CAN_DROP:
-            raise NunchakuError("nq.offload: this system has no call that drops pages of a mapped file, by which ram= "
-                                "bounds memory")
+            raise NunchakuError("nq.offload: this system has no call that drops pages of a mapped file and spares what "
+                                "was written, by which ram= bounds memory")
         self.blocks = list(blocks_of(model, pattern_of(model)).values())
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         rest = mapped_bytes(parameter for parameter in model.parameters() if id(parameter) not in inside)

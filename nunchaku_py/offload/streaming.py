@@ -15,6 +15,7 @@ from ..models.pattern import pattern_of
 from ..module_tools import Berth
 from ..progress import Progress
 from ..sizes import shown
+from ..tables.foresee import tables_of
 from .block import Block
 from .budget import Plan, choose
 from .hook import UNDO, Hook, NotCopied
@@ -224,6 +225,9 @@ def _home_of(model: nn.Module) -> torch.device:
     homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if torch.device("meta") in homes:
         raise NunchakuError("nq.offload: the model has no weights here (meta device); load it before")
+    if any(table.is_away(site) for site, table in tables_of(model)):
+        raise NunchakuError("nq.offload: the modulation linears of this model are on the host while it is on a GPU; "
+                            "call nq.cache_modulation(model, False) before: tables are not used beside vram=")
     if len(homes) > 1:
         raise NunchakuError(f"nq.offload: the model lies on {' and '.join(sorted(map(str, homes)))}; move it to one "
                             "device before")

@@ -67,6 +67,12 @@ def version_of(tensors: Iterable[Tensor]) -> int:
     return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
+def fused_in(modules: Iterable[nn.Module]) -> list[tuple[str, float | None]]:
+    """Adapters that are fused, and their scales: torch counts no version where PEFT adds them to a weight's `.data`."""
+    return [(name, getattr(module, "scaling", {}).get(name)) for module in modules
+            for name in getattr(module, "merged_adapters", ())]
+
+
 class Layout:
     """Where in a buffer each of some tensors lies; the same shapes, types and strides anywhere."""
 

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import NunchakuError
@@ -62,8 +63,9 @@ def _attach(model: nn.Module, linears: dict[str, QuantLinear], host: bool, limit
             pipeline: weakref.ref | None) -> None:
     tables = Tables(host, _limit(linears.values()) if limit is None else limit, pipeline)
     for linear in linears.values():
-        linear.table = LinearTable(tables, linear.codes.device)
-        if host and linear.codes.is_cuda:
+        streamed = linear.berth is not None  # then its weights are not for us to move
+        linear.table = LinearTable(tables, torch.device("cpu") if streamed else linear.codes.device)
+        if host and linear.codes.is_cuda and not streamed:
             send_home(linear, "cpu")
     silu.share(model, set(linears.values()))
     model.register_forward_pre_hook(tables.enter, with_kwargs=True)

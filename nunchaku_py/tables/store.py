@@ -85,6 +85,7 @@ class LinearTable:
             self.clear()
             self.stamp = stamp
         self.tables.forget_one(self, key)
+        self.tables.book(key, y.nbytes)  # first: no answer is without its bytes, whenever Ctrl-C comes
         self.answers[key] = Answer(y, y._version, ahead)
         return y
 
@@ -191,17 +192,19 @@ class Tables:
 
     def keep(self, table: LinearTable, site: Any, key: Key, x: Tensor, ahead: bool = False) -> Tensor:
         y = table.compute(site, key, x, ahead)
-        self.order[key] = self.order.get(key, 0) + y.nbytes
-        self.bytes += y.nbytes
         self.order.move_to_end(key)
         while self.bytes > self.limit and len(self.order) > 1:
             self._forget(next(iter(self.order)))
         return y
 
+    def book(self, key: Key, nbytes: int) -> None:
+        self.order[key] = self.order.get(key, 0) + nbytes
+        self.bytes += nbytes
+
     def _forget(self, key: Key) -> None:
         for member in self.members:
             self.forget_one(member, key)
-        self.order.pop(key, None)
+        self.bytes -= self.order.pop(key, 0)
 
     def forget_one(self, table: LinearTable, key: Key) -> None:
         gone = table.answers.pop(key, None)

@@ -26,7 +26,8 @@ from nunchaku_py.bench.job import DENSE, MEASURE, OURS, PROBE, Job
 from nunchaku_py.bench.known import KNOWN
 from nunchaku_py.bench.page import page
 from nunchaku_py.bench.peers import PEERS
-from nunchaku_py.bench.process import Failed, Process, result_of
+from nunchaku_py.bench.probe import chosen
+from nunchaku_py.bench.process import Failed, Process, result_of, sentence_of
 from nunchaku_py.bench.quick import CHOICES
 from nunchaku_py.bench.random_models import meta_model, random_model
 from nunchaku_py.bench.rows import Row
@@ -211,18 +212,18 @@ def quiet(_: str) -> None:
     """Nobody listens."""
 
 
-@pytest.mark.skipif(not MISSING, reason="all peers are installed")
-def test_what_a_contender_raises_is_its_answer() -> None:
-    job = replace(COMMON, kind=MISSING[0].label, config=config_of("flux.1-dev"))
-    with Process(job, quiet) as process, pytest.raises(Failed, match="ModuleNotFoundError: No module named"):
-        process.answer("ready")
+@pytest.mark.parametrize(("error", "said"), [
+    ("NunchakuError", "no room"), ("ModuleNotFoundError", "ModuleNotFoundError: no room"),
+    ("MemoryError", "out of memory (no room)"), ("OutOfMemoryError", "out of memory (no room)")])
+def test_what_a_contender_raises_is_its_answer(error: str, said: str) -> None:
+    assert sentence_of({"what": "failed", "sentence": "no room", "error": error}) == said
 
 
 def test_a_contender_that_is_killed_is_said_to_be() -> None:
-    job = replace(COMMON, kind=DENSE, config=config_of("flux.1-dev"), text=8, batch=1)
-    with Process(job, quiet) as process:
-        process.answer("ready")
+    with Process(replace(COMMON, kind=DENSE, config=config_of("flux.1-dev")), quiet) as process:
         os.kill(process.child.pid, signal.SIGKILL)
+        with pytest.raises(Failed, match="killed by the system, most likely for lack of memory"):
+            process.answer("ready")
         with pytest.raises(Failed, match="killed by the system, most likely for lack of memory"):
             process.turn()
 
@@ -239,11 +240,12 @@ def test_a_contender_that_fails_leaves_the_others_alone() -> None:
 
 
 def test_interrupting_ends_everybody_and_leaves_nothing(tmp_path: Path) -> None:
+    """While a checkpoint is being written."""
     out = tmp_path / "out"
     child = subprocess.Popen([sys.executable, "-m", "nunchaku_py", "bench", "tiny-flux", "--out", str(out)], cwd=ROOT,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in child.stdout:
-        if line.startswith("16 bit: "):
+        if line.startswith(f"{OURS}: "):
             break
     workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
     child.send_signal(signal.SIGINT)
@@ -277,7 +279,6 @@ def test_interrupting_after_a_round_keeps_what_was_measured(tmp_path: Path, monk
     (["flux.1-dev", "--height", "1000"], "--height 1000: images of FLUX.1-dev have sides that are multiples of 16"),
     (["z-image", "--end-to-end"], "--end-to-end: what is beside the denoiser of Z-Image is not known; name the folder"),
     (["sdxl", "--device", "cuda:99"], "--device cuda:99: this PyTorch sees "),
-    (["sdxl", "--device", "tpu"], "--device tpu: expected auto, cpu, cuda or cuda:N"),
     (["sdxl", "--rule", "*.ff"], "--rule: expected GLOB=CHOICE, got '*.ff'"),
 ])
 def test_mistakes_are_sentences(argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -285,6 +286,11 @@ def test_mistakes_are_sentences(argv: list[str], said: str, tmp_path: Path, caps
     errors = capsys.readouterr().err
     assert errors.startswith(f"nunchaku-py: {said}") and errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_devices_that_are_none() -> None:
+    with pytest.raises(nq.NunchakuError, match="--device tpu: expected auto, cpu, cuda or cuda:N"):
+        chosen("tpu")
 
 
 def test_models_quantized_by_others_and_models_without_inputs_are_refused(tmp_path: Path) -> None:
