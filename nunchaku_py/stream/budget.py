@@ -16,7 +16,7 @@ from .residence import Streamed
 from .run import StreamedRun
 
 PROGRAM = 650_000_000  # of a process on a CPU that has imported torch, diffusers and transformers
-SQUARES = 4  # matrices (K,K) that solving for the codes of a linear holds beside the statistics
+SQUARES = 3  # matrices (K,K) that solving for the codes of a linear holds beside the statistics
 SHOWN = 3
 
 
