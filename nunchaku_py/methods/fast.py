@@ -48,7 +48,7 @@ def round_rows(remainder: Tensor, weight: Tensor, smooth: Tensor, signal: Tensor
                scale_dtype: torch.dtype) -> Tensor:
     """R (n,K) becomes Ŵ − RTN(R) in place; the rows' shares of J, fp64 (n)."""
     weight = weight.contiguous()
-    cost = torch.empty(len(remainder), dtype=torch.float64)
+    cost = torch.empty(len(remainder), dtype=torch.float64, device=remainder.device)
     signal, rounding, smooth = (t.float().contiguous() for t in (signal, rounding, smooth))
     native.module.round_rows(*remainder.shape, remainder.data_ptr(), (weight.data_ptr(), TYPES[weight.dtype]),
                              smooth.data_ptr(), signal.data_ptr(), rounding.data_ptr(), FORMATS[fmt.name], fmt.group,
