@@ -191,10 +191,10 @@ def steps(model: FluxTransformer2DModel, args: argparse.Namespace) -> Iterator[f
     inputs = inputs_of(model, *sides(args.tokens), TEXT, batch=1)
     for number in range(args.steps):
         started, given = time.monotonic(), []
-        found = parts(lambda given=given: given.append(model(**inputs)))
+        found = parts(lambda given=given: given.append(model(**inputs))) if args.parts else given.append(model(**inputs))
         yield time.monotonic() - started
         y = given[0].sample
-        print(line(found))
+        print(line(found) if found else "", end="\n" if found else "")
         print(f"step {number + 1}: {time.monotonic() - started:.1f} s, output {tuple(y.shape)}, "
               f"{'finite' if y.isfinite().all() else 'NOT FINITE'}, {gigabytes(memory())}", flush=True)
 
@@ -228,6 +228,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("auto", "a4", "a8", "a16"), default="auto", help="step")
     parser.add_argument("--tokens", type=int, default=1024, help="step: of the image; 1024 are 512×512")
     parser.add_argument("--steps", type=int, default=2, help="step: how many, 0: load only")
+    parser.add_argument("--parts", action="store_true", help="step: where its time goes; takes memory of its own")
     parser.add_argument("--mmap", action="store_true", help="step: map the weights by nq.load(..., mmap=True)")
     parser.add_argument("--ram", help="step: map them, and let so much of them be in the process's memory, as '4GB'")
     parser.add_argument("--out", type=Path, help="step: CSV that the row is added to")
