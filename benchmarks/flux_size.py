@@ -191,10 +191,12 @@ def steps(model: FluxTransformer2DModel, args: argparse.Namespace) -> Iterator[f
     inputs = inputs_of(model, *sides(args.tokens), TEXT, batch=1)
     for number in range(args.steps):
         started, given = time.monotonic(), []
-        found = parts(lambda given=given: given.append(model(**inputs))) if args.parts else given.append(model(**inputs))
+        if args.parts:
+            print(line(parts(lambda given=given: given.append(model(**inputs)))))
+        else:
+            given.append(model(**inputs))
         yield time.monotonic() - started
         y = given[0].sample
-        print(line(found) if found else "", end="\n" if found else "")
         print(f"step {number + 1}: {time.monotonic() - started:.1f} s, output {tuple(y.shape)}, "
               f"{'finite' if y.isfinite().all() else 'NOT FINITE'}, {gigabytes(memory())}", flush=True)
 
